@@ -1,0 +1,185 @@
+"""What the console commands share: options made from configuration classes, logging, errors, Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import click
+
+from esync import config, transport
+from esync.errors import ConfigError, EsyncError
+from esync.version import VERSION
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def flag_of(field: str) -> str:
+    """The option for a configuration field: `duration_s` -> `--duration`."""
+    return "--" + field.removesuffix("_s").replace("_", "-")
+
+
+def options_of(cls: type, *, skip: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """A decorator that adds an option for every field of a configuration class.
+
+    An option that is not given is None: then the file's value counts, or the default.
+    """
+
+    def add(command: F) -> F:
+        for item in reversed(dataclasses.fields(cls)):
+            if item.name in skip:
+                continue
+            kind = config.option_type(cls, item.name)
+            choices = item.metadata["choices"]
+            text = f"{item.metadata['help']}  [default: {_say(item.default)}]"
+            flag = flag_of(item.name)
+            if kind is bool:
+                flag = f"{flag}/--no-{flag[2:]}"
+            command = click.option(
+                flag,
+                item.name,
+                type=click.Choice(choices) if choices else (None if kind is bool else kind),
+                default=None,
+                help=text,
+            )(command)
+        return command
+
+    return add
+
+
+def _say(default: Any) -> str:
+    return str(default) if default != "" else "none"
+
+
+def given(values: dict[str, Any], cls: type) -> dict[str, Any]:
+    """The options of `cls` that were given on the command line."""
+    names = {item.name for item in dataclasses.fields(cls)}
+    return {k: v for k, v in values.items() if k in names and v is not None}
+
+
+def run_options(command: F) -> F:
+    """Options that every role has."""
+    for option in (
+        click.option("--config", "file", type=click.Path(), help="Cluster file (TOML) to read."),
+        click.option(
+            "--run-dir", type=click.Path(file_okay=False), help="Write the log and results here."
+        ),
+        click.option("-v", "--verbose", is_flag=True, help="Log more."),
+        click.version_option(VERSION, prog_name="esync"),
+    ):
+        command = option(command)
+    return command
+
+
+def join_options(command: F) -> F:
+    """Options of the roles that join a state server."""
+    for option in (
+        click.option(
+            "--connect",
+            metavar="ENDPOINT",
+            help=f"The state server.  [default: the file's, or {transport.DEFAULT_STATE}]",
+        ),
+        click.option(
+            "--wait",
+            type=float,
+            default=60.0,
+            show_default=True,
+            help="Seconds to wait for the state server.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def tables(file: str | None) -> dict[str, Any]:
+    """The tables of `--config`; none without it."""
+    return config.read(file) if file else {}
+
+
+def state_endpoint(connect: str | None, raw: dict[str, Any]) -> str:
+    """Which state server to join."""
+    return transport.check_endpoint(
+        connect or raw.get("state", {}).get("bind", transport.DEFAULT_STATE)
+    )
+
+
+def say(text: str) -> None:
+    """A line for the user."""
+    click.echo(text, err=False)
+    sys.stdout.flush()
+
+
+def start_logging(verbose: bool) -> None:
+    """Log to standard error."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    for name in ("jax", "absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def make_directory(path: str | None) -> Path | None:
+    """Make the run's directory.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    if path is None:
+        return None
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the directory {path}: {error.strerror}") from error
+    return Path(path)
+
+
+class Command(click.Command):
+    """A command whose `EsyncError`s become one line and exit status 1, and whose Ctrl-C is quiet."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EsyncError as error:
+            click.echo(f"{ctx.info_name}: error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            ctx.exit(0)
+
+
+def interrupt_on_sigterm() -> None:
+    """Make SIGTERM end a role like Ctrl-C does: leave, flush, exit."""
+
+    def raise_interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, raise_interrupt)
+
+
+def serve(main: Coroutine[Any, Any, Any], stop: Callable[[], None]) -> None:
+    """Run a server's coroutine; the first Ctrl-C or SIGTERM calls `stop`, the second ends the process."""
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        asked = False
+
+        def on_signal() -> None:
+            nonlocal asked
+            if asked:
+                os._exit(1)
+            asked = True
+            stop()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+        await main
+
+    transport.run(run())

@@ -1,0 +1,287 @@
+"""The run's configuration: one definition for `cluster.toml`, the command line, and the `welcome` message.
+
+A field's `metadata` carries its help, its choices and its bounds; the file, the flags and the checks are derived
+from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from esync.algorithms import ALGORITHMS, algorithm
+from esync.errors import ConfigError, unknown
+from esync.transport import DEFAULT_STATE
+
+C = TypeVar("C")
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    return field(
+        default=default,
+        metadata={"help": help, "choices": choices, "low": low, "high": high},
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """`[run]`: what is trained and how; every role gets it from the state server."""
+
+    mode: str = _option("esync", "Synchronisation algorithm.", choices=tuple(ALGORITHMS))
+    policy: str = _option(
+        "adaptive",
+        "Pacing of mode esync: as published, or with the improvements of docs/algorithms.md.",
+        choices=("adaptive", "paper"),
+    )
+    model: str = _option("cnn", "Model to train; see esync.models.names().")
+    image_size: int = _option(
+        0, "Resize images to this many pixels a side (0: the model's own choice).", low=0, high=4096
+    )
+    dataset: str = _option("fashion-mnist", "Data set: fashion-mnist, cifar10 or digits.")
+    data_dir: str = _option("", "Where the data set lies (default: searched, then downloaded).")
+    split: str = _option(
+        "iid", "How samples are dealt to workers.", choices=("iid", "by-class")
+    )
+    workers: int = _option(1, "The run starts when so many workers are ready.", low=1, high=100_000)
+    batch_size: int = _option(64, "Samples in a local step.", low=1)
+    optimizer: str = _option(
+        "sgd", "The workers' own optimiser (Optax).", choices=("sgd", "momentum", "adam", "adamw")
+    )
+    lr: float = _option(0.05, "Local learning rate.", low=0)
+    global_lr: float = _option(1.0, "Global learning rate: scales the averaged delta.", low=0)
+    weights: str = _option(
+        "equal", "Weight of a worker's delta in the average.", choices=("equal", "samples")
+    )
+    dcasgd: bool = _option(False, "Mode async: compensate the delay (DC-ASGD; needs sgd).")
+    dc_lambda: float = _option(0.04, "DC-ASGD's lambda.", low=0)
+    local_steps: int = _option(
+        0, "Local steps between synchronisations in mode local (0: 50).", low=0
+    )
+    epsilon_s: float = _option(
+        -1.0, "Margin of ESync's decision in seconds (-1: 0.5 as published, or measured).", low=-1
+    )
+    seed: int = _option(0, "Seed of the initial model, the split, and every worker's batches.", low=0)
+    rounds: int = _option(0, "Stop after so many versions of the model (0: no limit).", low=0)
+    duration_s: float = _option(0.0, "Stop after so many seconds (0: no limit).", low=0)
+    target_accuracy: float = _option(
+        0.0, "Stop at this test accuracy (0: no target).", low=0, high=1
+    )
+    evaluate_every_s: float = _option(
+        1.0, "Seconds between evaluations on the test set (0: none but the last).", low=0
+    )
+    heartbeat_s: float = _option(
+        10.0, "A worker that is silent for so long is evicted.", low=0.1, high=3600
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self, "run")
+        algorithm(self.mode)
+        if self.dcasgd and (self.mode != "async" or self.optimizer != "sgd"):
+            raise ConfigError(
+                "dcasgd compensates plain SGD updates in mode async; it needs mode = \"async\" and "
+                f"optimizer = \"sgd\", not {self.mode!r} and {self.optimizer!r}"
+            )
+        if self.dcasgd and self.lr <= 0:
+            raise ConfigError("dcasgd needs a learning rate above 0")
+        if algorithm(self.mode).single and self.workers != 1:
+            raise ConfigError(
+                f"mode {self.mode} trains on one worker; set workers = 1, not {self.workers}"
+            )
+
+    @property
+    def steps_per_round(self) -> int:
+        """Local steps a round for the modes whose number is fixed."""
+        return (self.local_steps or 50) if self.mode == "local" else 1
+
+    @property
+    def nonblocking(self) -> bool:
+        """Whether workers ask while their next step already runs (as published, they ask and wait)."""
+        return not (self.mode == "esync" and self.policy == "paper")
+
+    def to_wire(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class StateConfig:
+    """`[state]`: the state server."""
+
+    bind: str = _option(DEFAULT_STATE, "Endpoint to listen on (port * picks a free one).")
+    insecure: bool = _option(False, "Allow listening beyond this machine without keys.")
+
+
+@dataclass(frozen=True)
+class PsConfig:
+    """`[ps]`: the parameter server."""
+
+    device: str = _option("cpu", "Where to average: cpu (NumPy), cuda or cuda:N (CuPy).")
+    bind: str = _option("127.0.0.1", "Address to listen on, or ipc://PATH or inproc://NAME.")
+    push_port: int = _option(0, "Port for updates (0: a free one).", low=0, high=65535)
+    model_port: int = _option(0, "Port for models (0: a free one).", low=0, high=65535)
+    insecure: bool = _option(False, "Allow listening beyond this machine without keys.")
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """`[[workers]]`: one worker, or `count` equal ones."""
+
+    name: str = _option("", "The worker's id (default: host name and process id).")
+    count: int = _option(1, "How many of these (esync-run).", low=1, high=10_000)
+    device: str = _option("cpu", "Where to train: cpu, gpu or gpu:N.")
+    step_time_s: float = _option(
+        0.0, "Emulate a slow machine: stretch each local step to so many seconds.", low=0
+    )
+    slowdown: float = _option(
+        1.0, "Emulate a slow machine: stretch each local step by this factor.", low=1
+    )
+    host: str = _option("", "Machine to start on over ssh (bin/esync-tmux only).")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "workers")
+        check_device(self.device)
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """A whole `cluster.toml`."""
+
+    run: RunConfig
+    state: StateConfig
+    ps: PsConfig
+    workers: tuple[WorkerConfig, ...]
+
+    def each_worker(self) -> list[WorkerConfig]:
+        """Every single worker, named, in order of rank."""
+        rows = []
+        for number, group in enumerate(self.workers):
+            base = group.name or f"worker{number}"
+            for i in range(group.count):
+                name = base if group.count == 1 else f"{base}-{i}"
+                rows.append(dataclasses.replace(group, name=name, count=1))
+        if algorithm(self.run.mode).single:
+            rows = rows[:1]
+        names = [row.name for row in rows]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"[[workers]]: two workers are named {twice!r}; names must differ")
+        return rows
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError unless `device` is spelled like one."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "gpu") or (index and (kind == "cpu" or not index.isdigit())):
+        raise ConfigError(f"device {device!r}: expected cpu, gpu or gpu:N")
+
+
+def check_fields(config: Any, where: str) -> None:
+    """Check every field's type, choices and bounds.
+
+    Raises:
+        ConfigError: names the field, what came, and what was expected.
+    """
+    hints = typing.get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, hint = getattr(config, item.name), hints[item.name]
+        name = f"{where}.{item.name}"
+        accepted = (int, float) if hint is float else (hint,)
+        if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+            raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}")
+        choices = item.metadata.get("choices")
+        if choices and value not in choices:
+            raise ConfigError(f"{name}: " + unknown(item.name, value, choices))
+        low, high = item.metadata.get("low"), item.metadata.get("high")
+        if low is not None and not value >= low:  # also refuses NaN
+            raise ConfigError(f"{name}: {value} is below {low:g}")
+        if high is not None and not value <= high:
+            raise ConfigError(f"{name}: {value} is above {high:g}")
+
+
+def build(cls: type[C], raw: Any, where: str) -> C:
+    """An instance of a configuration class from a table of a file or a message.
+
+    Raises:
+        ConfigError: an unknown key (with the closest known one), or a value that does not fit.
+    """
+    if not isinstance(raw, dict):
+        raise ConfigError(f"[{where}]: expected a table, got {raw!r:.80}")
+    known = {item.name for item in dataclasses.fields(typing.cast(Any, cls))}
+    for key in raw:
+        if key not in known:
+            raise ConfigError(f"[{where}]: " + unknown("key", str(key), known))
+    config = cls(**raw)
+    check_fields(config, where)
+    return config
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The tables of a cluster file, not yet checked.
+
+    Raises:
+        ConfigError: no such file, or not TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def cluster(raw: dict[str, Any], overrides: dict[str, Any] | None = None) -> ClusterConfig:
+    """A checked cluster from a file's tables; `overrides` go into `[run]`.
+
+    `run.workers` follows from `[[workers]]` unless it is given.
+    """
+    for key in raw:
+        if key not in ("run", "state", "ps", "workers"):
+            raise ConfigError(unknown("table", key, ("run", "state", "ps", "workers")))
+    groups = raw.get("workers", [{}])
+    if not isinstance(groups, list) or not groups:
+        raise ConfigError("[[workers]]: expected at least one table, written [[workers]]")
+    workers = tuple(build(WorkerConfig, group, "workers") for group in groups)
+    run = {**raw.get("run", {}), **(overrides or {})}
+    if run.get("mode") in ALGORITHMS and ALGORITHMS[run["mode"]].single:
+        run["workers"] = 1
+    run.setdefault("workers", sum(group.count for group in workers))
+    return ClusterConfig(
+        run=build(RunConfig, run, "run"),
+        state=build(StateConfig, raw.get("state", {}), "state"),
+        ps=build(PsConfig, raw.get("ps", {}), "ps"),
+        workers=workers,
+    )
+
+
+def option_type(cls: type, name: str) -> type:
+    """The Python type of one field."""
+    hint = typing.get_type_hints(cls)[name]
+    if isinstance(hint, types.UnionType):
+        raise TypeError(f"{name} has more than one type")
+    return typing.cast(type, hint)
+
+
+def check_names(run: RunConfig) -> None:
+    """Check the names that only the workers will look up, so that a slip is met where it was made.
+
+    Raises:
+        ConfigError: an unknown model or data set.
+    """
+    from esync import data, models
+
+    if run.model not in models.names():
+        raise ConfigError(unknown("model", run.model, models.names()))
+    if run.dataset not in data.names():
+        raise ConfigError(unknown("data set", run.dataset, data.names()))

@@ -1,0 +1,183 @@
+"""The asyncio message server: receiver -> FIFO queue -> router -> handlers -> sender.
+
+The receiver drains the socket into the queue and does nothing else. The router, one task, takes messages off in
+order of arrival, checks them, and calls the one handler registered for the type. Handlers answer through the
+sender. Only the router's task runs handlers, so what they share needs no lock.
+
+A server is a socket and its handlers:
+
+    server = MessageServer(socket)
+    server.on(messages.Query, answer)       # answer(peer: bytes, message: Query) -> None
+    await server.run()
+
+It serves a ROUTER (many peers, told apart by their identity) and a DEALER (one peer, called b"") alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import zmq
+
+from esync import messages
+from esync.messages import Error, Message, MessageError
+
+log = logging.getLogger("esync.messaging")
+M = TypeVar("M")
+LOCAL = b"\0local"
+"""The peer of events that this process put on the queue itself."""
+DRAIN = 256
+"""Messages taken off the socket before the router gets a turn."""
+
+
+class MessageServer:
+    """Receives, queues, routes and answers messages on one socket; see the module's docstring.
+
+    Args:
+        socket: a bound ROUTER or a connected DEALER; used only from the loop's thread.
+        queue_limit: when so many messages wait, no more are taken off the socket, so that its
+            high-water mark holds the senders back.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], *, queue_limit: int = 100_000) -> None:
+        self.socket = socket
+        self.counters: Counter[str] = Counter()
+        self._routed = socket.getsockopt(zmq.TYPE) == zmq.ROUTER
+        self._handlers: dict[type, Callable[[bytes, Any], None]] = {}
+        self._queue: deque[tuple[bytes, Any]] = deque()
+        self._outbox: deque[tuple[bytes, bytes]] = deque()
+        self._limit = queue_limit
+        self._wake: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing = False
+        self._routing = False
+
+    def on(self, kind: type[M], handler: Callable[[bytes, M], None]) -> None:
+        """Register the one handler for a message type (or for a local event's class)."""
+        self._handlers[kind] = handler
+
+    def post(self, event: object) -> None:
+        """Put a local event on the queue: its handler runs in turn, like any message's."""
+        self._queue.append((LOCAL, event))
+        if self._wake is not None:
+            self._wake.set()
+
+    def post_threadsafe(self, event: object) -> None:
+        """`post` from another thread; dropped once the server has ended."""
+        if self._loop is not None and not self._closing:
+            try:
+                self._loop.call_soon_threadsafe(self.post, event)
+            except RuntimeError:  # the loop closed in between
+                pass
+
+    def send(self, peer: bytes, message: Message) -> None:
+        """Hand a message to the sender; it leaves when the router has finished its turn."""
+        self._outbox.append((peer, messages.encode(message)))
+        if not self._routing and self._wake is not None:
+            self._wake.set()
+
+    def stop(self) -> None:
+        """Let `run` return after what is queued has been handled and answered."""
+        self._closing = True
+        if self._wake is not None:
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Serve until `stop`."""
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        descriptor = self.socket.getsockopt(zmq.FD)
+        self._loop.add_reader(descriptor, self._receive)
+        try:
+            self._receive()
+            if self._queue:
+                self._wake.set()
+            await self._route()
+        finally:
+            self._loop.remove_reader(descriptor)
+            self._closing = True
+
+    def _receive(self) -> None:
+        """Receiver: drain the socket into the queue.
+
+        ZeroMQ's descriptor is edge-triggered: it stays silent about messages that were already there
+        when somebody last looked. So this drains until the socket says that nothing is left, and is
+        called again after every send.
+        """
+        queue, socket = self._queue, self.socket
+        for _ in range(DRAIN):
+            if len(queue) >= self._limit:
+                break
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if self._routed:
+                queue.append((frames[0], frames[1] if len(frames) == 2 else frames[1:]))
+            else:
+                queue.append((b"", frames[0] if len(frames) == 1 else frames))
+        if queue and self._wake is not None:
+            self._wake.set()
+
+    async def _route(self) -> None:
+        """Router: take messages off the queue in order and call their handlers."""
+        assert self._wake is not None
+        while True:
+            self._routing = True
+            for _ in range(min(len(self._queue), DRAIN)):
+                peer, frame = self._queue.popleft()
+                self._handle(peer, frame)
+            self._routing = False
+            self._flush()
+            self._receive()
+            if self._queue:
+                await asyncio.sleep(0)  # timers and other readers get their turn
+                continue
+            if self._closing:
+                return
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _handle(self, peer: bytes, frame: Any) -> None:
+        if peer is LOCAL:
+            self._handlers[type(frame)](peer, frame)
+            return
+        try:
+            if type(frame) is not bytes:
+                raise MessageError("bad-frames", f"expected one frame, got {len(frame)}")
+            message = messages.decode(frame)
+            handler = self._handlers.get(type(message))
+            if handler is None:
+                raise MessageError("unexpected-type", f"{message.TYPE} is not for this server")
+            handler(peer, message)
+        except MessageError as error:
+            self.refuse(peer, error)
+        except Exception:
+            # A handler's defect must cost its sender an answer and nobody else anything.
+            log.exception("handling a message from %r failed", peer)
+            self.refuse(peer, MessageError("internal", "the server failed to handle this message"))
+
+    def refuse(self, peer: bytes, error: MessageError) -> None:
+        """Answer with an error and count it; a DEALER's one peer is never answered, to avoid echoes."""
+        self.counters[error.code] += 1
+        if self.counters[error.code] <= 5:
+            log.warning("refused a message from %r: %s: %s", peer, error.code, error.text)
+        if self._routed:
+            self.send(peer, Error(error.code, error.text[: messages.MAX_TEXT]))
+
+    def _flush(self) -> None:
+        """Sender: everything in the outbox leaves; a peer that is gone or full costs only its own message."""
+        socket, outbox = self.socket, self._outbox
+        while outbox:
+            peer, frame = outbox.popleft()
+            try:
+                if self._routed:
+                    socket.send(peer, zmq.NOBLOCK | zmq.SNDMORE)
+                socket.send(frame, zmq.NOBLOCK)
+            except zmq.ZMQError as error:
+                self.counters["unsent"] += 1
+                log.debug("no answer to %r: %s", peer, error)

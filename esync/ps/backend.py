@@ -1,0 +1,187 @@
+"""Where chunks are added up: NumPy, or CuPy on a GPU, behind one interface.
+
+An array of a backend is immutable once it has been published: new values are new arrays. That is what lets
+ZeroMQ send a model without a copy while the next one is already being made.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from esync.errors import DeviceError
+
+Array = Any
+"""A one-dimensional float32 array of the backend."""
+
+
+class Backend(Protocol):
+    """Arithmetic on float32 vectors of one device."""
+
+    name: str
+
+    def load(self, frame: memoryview) -> Array:
+        """The frame's bytes as a read-only vector; on the CPU without a copy.
+
+        Raises:
+            ValueError: the length is no multiple of four bytes.
+        """
+
+    def is_finite(self, x: Array) -> bool:
+        """Whether no element is NaN or infinite."""
+
+    def scaled(self, x: Array, weight: float) -> Array:
+        """A new vector `weight * x`: the start of a sum."""
+
+    def add_scaled(self, total: Array, x: Array, weight: float) -> None:
+        """`total += weight * x`, in place."""
+
+    def blend(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
+        """A new vector `alpha * a + beta * b`."""
+
+    def compensated(
+        self, base: Array, delta: Array, drift: Array, strength: float, scale: float
+    ) -> Array:
+        """A new vector `base + scale * (delta - strength * delta * delta * drift)`: DC-ASGD's step."""
+
+    def host(self, x: Array) -> memoryview:
+        """The vector's bytes in host memory, to be sent; on the CPU without a copy."""
+
+
+class NumpyBackend:
+    """On the CPU."""
+
+    name = "cpu"
+
+    def load(self, frame: memoryview) -> Array:
+        x = np.frombuffer(frame, np.float32)
+        x.flags.writeable = False
+        return x
+
+    def is_finite(self, x: Array) -> bool:
+        with np.errstate(over="ignore", invalid="ignore"):
+            # One pass: a NaN or an infinity survives any sum. A sum may also overflow, so look closer then.
+            return bool(np.isfinite(np.sum(x))) or bool(np.isfinite(x).all())
+
+    def scaled(self, x: Array, weight: float) -> Array:
+        return np.multiply(x, np.float32(weight))
+
+    def add_scaled(self, total: Array, x: Array, weight: float) -> None:
+        if weight == 1.0:
+            np.add(total, x, out=total)
+        else:
+            total += np.float32(weight) * x
+
+    def blend(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
+        out = np.multiply(b, np.float32(beta))
+        if alpha == 1.0:
+            out += a
+        elif alpha != 0.0:
+            out += np.float32(alpha) * a
+        return out
+
+    def compensated(
+        self, base: Array, delta: Array, drift: Array, strength: float, scale: float
+    ) -> Array:
+        out = delta * delta
+        out *= drift
+        out *= np.float32(-strength)
+        out += delta
+        out *= np.float32(scale)
+        out += base
+        return out
+
+    def host(self, x: Array) -> memoryview:
+        return memoryview(x).cast("B")
+
+
+class CupyBackend:
+    """On a CUDA device: chunks go through pinned memory into device memory and are added up there.
+
+    Raises:
+        DeviceError: CuPy is not installed, or there is no such device.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        try:
+            import cupy
+        except ImportError as error:
+            raise DeviceError(
+                "device cuda needs CuPy: pip install 'esync[cuda12]', or use --device cpu"
+            ) from error
+        try:
+            count = int(cupy.cuda.runtime.getDeviceCount())
+        except Exception as error:
+            raise DeviceError(
+                f"no CUDA device: {error}. Check nvidia-smi, or use --device cpu"
+            ) from error
+        if index >= count:
+            raise DeviceError(
+                f"there is no CUDA device {index}: this machine has {count} (0 to {count - 1})"
+            )
+        self.name = f"cuda:{index}"
+        self._cupy = cupy
+        self._device = cupy.cuda.Device(index)
+        self._device.use()
+        self._pinned: Any = None
+        self._axpy = cupy.ElementwiseKernel(
+            "float32 x, float32 w", "float32 total", "total += w * x", "esync_axpy"
+        )
+        self._blend = cupy.ElementwiseKernel(
+            "float32 a, float32 alpha, float32 b, float32 beta",
+            "float32 out",
+            "out = alpha * a + beta * b",
+            "esync_blend",
+        )
+        self._compensate = cupy.ElementwiseKernel(
+            "float32 base, float32 delta, float32 drift, float32 strength, float32 scale",
+            "float32 out",
+            "out = base + scale * (delta - strength * delta * delta * drift)",
+            "esync_compensate",
+        )
+
+    def load(self, frame: memoryview) -> Array:
+        source = np.frombuffer(frame, np.float32)
+        if self._pinned is None or self._pinned.size < source.size:
+            memory = self._cupy.cuda.alloc_pinned_memory(source.nbytes)
+            self._pinned = np.frombuffer(memory, np.float32, source.size)
+        staging = self._pinned[: source.size]
+        staging[:] = source
+        x = self._cupy.empty(source.size, np.float32)
+        x.set(staging)  # returns when the staging buffer may be used again
+        return x
+
+    def is_finite(self, x: Array) -> bool:
+        return bool(self._cupy.isfinite(x).all())
+
+    def scaled(self, x: Array, weight: float) -> Array:
+        return x * np.float32(weight)
+
+    def add_scaled(self, total: Array, x: Array, weight: float) -> None:
+        self._axpy(x, np.float32(weight), total)
+
+    def blend(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
+        return self._blend(a, np.float32(alpha), b, np.float32(beta))
+
+    def compensated(
+        self, base: Array, delta: Array, drift: Array, strength: float, scale: float
+    ) -> Array:
+        return self._compensate(base, delta, drift, np.float32(strength), np.float32(scale))
+
+    def host(self, x: Array) -> memoryview:
+        return memoryview(self._cupy.asnumpy(x)).cast("B")
+
+
+def backend_for(device: str) -> Backend:
+    """The backend of a `--device` option: cpu, cuda or cuda:N.
+
+    Raises:
+        DeviceError: there is no such device here.
+    """
+    kind, _, index = device.partition(":")
+    if device == "cpu":
+        return NumpyBackend()
+    if kind == "cuda" and (not index or index.isdigit()):
+        return CupyBackend(int(index or 0))
+    raise DeviceError(f"device {device!r}: expected cpu, cuda or cuda:N")

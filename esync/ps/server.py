@@ -1,0 +1,555 @@
+"""The parameter server: updates come in by PULL, models go out by XPUB, in a thread of their own; the control
+channel to the state server stays on the event loop, so that no tensor ever delays a message.
+
+The thread translates between frames and the aggregation's decisions. Rules of the data channel:
+
+- A worker that subscribes to its topic `w/<id>/` is sent the current model on it. That one rule serves late
+  joiners, workers that come back, and connections that dropped.
+- Nothing is assumed to arrive. A waiting worker sends `fetch` now and then; the answer is the model it lacks, or
+  `want` for chunks of its own update that did not arrive.
+- Whatever is refused is counted, and its sender is told on its topic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from esync import messages, transport
+from esync.algorithms import algorithm
+from esync.config import PsConfig, RunConfig, build
+from esync.errors import ConfigError, EsyncError, ModelError, ProtocolError, TransportError
+from esync.journal import Journal
+from esync.mailbox import Mailbox
+from esync.messages import (
+    Error,
+    Fetch,
+    Join,
+    Leave,
+    Members,
+    MessageError,
+    Model,
+    Report,
+    Reset,
+    Status,
+    Update,
+    Want,
+    Welcome,
+)
+from esync.messaging import MessageServer
+from esync.ps.aggregation import (
+    AGGREGATIONS,
+    INITIAL,
+    Aggregation,
+    Completed,
+    Contribution,
+    Event,
+    Published,
+    Refused,
+)
+from esync.ps.backend import Backend, backend_for
+from esync.ps.checkpoint import save_model
+from esync.tensors import Layout
+
+log = logging.getLogger("esync.ps")
+BROADCAST = b"model"
+INITIAL_PATIENCE_S = 5.0
+"""How long the worker of rank 0 has for the initial model before somebody else is asked for it."""
+RECV_BURST = 32
+
+
+@dataclass(frozen=True, slots=True)
+class NewVersion:
+    """From the tensor thread to the control side: this version is out."""
+
+    version: int
+    early_s: dict[str, float]
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """From the tensor thread to the control side: it cannot go on."""
+
+    error: BaseException
+
+
+class TensorThread(threading.Thread):
+    """Owns the data sockets and the aggregation. Everything else talks to it through `inbox`.
+
+    Args:
+        pull, xpub: bound sockets, handed over to this thread.
+        published: called from this thread after each version.
+    """
+
+    def __init__(
+        self,
+        pull: zmq.Socket[bytes],
+        xpub: zmq.Socket[bytes],
+        backend: Backend,
+        config: RunConfig,
+        published: Callable[[NewVersion], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        super().__init__(name="esync-tensors", daemon=True)
+        self.inbox: Mailbox[Members | None] = Mailbox()
+        self.aggregation: Aggregation | None = None
+        self.layout: Layout | None = None
+        self.counters: Counter[str] = Counter()
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self.incarnation = secrets.token_hex(4)
+        self._pull, self._xpub = pull, xpub
+        self._backend, self._config = backend, config
+        self._published, self._failed = published, failed
+        self._subscribers: dict[str, None] = {}  # in order of arrival
+        self._listeners = 0
+        self._epoch = -1
+        self._arrival: dict[str, float] = {}
+        self._asked_at = 0.0
+        self._asked = 0
+
+    def run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            log.exception("the tensor thread failed")
+            self._failed(error)
+        finally:
+            self._pull.close()
+            self._xpub.close()
+            self.inbox.close()
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self.inbox.fileno(), zmq.POLLIN)
+        poller.register(self._xpub, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll(1000))
+            if self.inbox.fileno() in ready:
+                for command in self.inbox.take():
+                    if command is None:
+                        return
+                    self._set_members(command)
+                if self.aggregation is not None:
+                    # Updates wait in their socket until there is a layout to check them against.
+                    poller.register(self._pull, zmq.POLLIN)
+            if self._xpub in ready:
+                self._subscriptions()
+            if self._pull in ready:
+                self._updates()
+            self._ask_for_initial_model()
+
+    # Members and subscribers
+
+    def _set_members(self, message: Members) -> None:
+        if message.epoch <= self._epoch:
+            return
+        self._epoch = message.epoch
+        if self.aggregation is None and message.layout is not None:
+            self.layout = Layout.from_wire(message.layout)
+            mode = algorithm(self._config.mode)
+            extra = {"ordered": True} if mode.ordered else {}
+            self.aggregation = AGGREGATIONS[mode.aggregation](
+                self.layout, self._backend, self._config, **extra
+            )
+            self._asked_at = time.monotonic()
+            for worker in self._subscribers:
+                self._greet(worker)
+        if self.aggregation is not None:
+            self._emit(self.aggregation.set_members(message.workers))
+
+    def _subscriptions(self) -> None:
+        while True:
+            try:
+                event = self._xpub.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            here, topic = event[:1] == b"\x01", event[1:]
+            if topic == BROADCAST:
+                self._listeners += 1 if here else -1
+            elif topic.startswith(b"w/") and topic.endswith(b"/"):
+                worker = topic[2:-1].decode("utf-8", "replace")
+                if here:
+                    self._subscribers[worker] = None
+                    self._greet(worker)
+                else:
+                    self._subscribers.pop(worker, None)
+
+    def _greet(self, worker: str) -> None:
+        """Send a new subscriber the model, or the word that there is none yet."""
+        if self.aggregation is None:
+            return
+        if self.aggregation.version < 0:
+            self._send_to(worker, Want(INITIAL, [], self.incarnation))
+        else:
+            self._send_model(worker)
+
+    def _ask_for_initial_model(self) -> None:
+        """If rank 0 does not bring the initial model, ask the subscribers in turn."""
+        aggregation = self.aggregation
+        if aggregation is None or aggregation.version >= 0 or not self._subscribers:
+            return
+        now = time.monotonic()
+        if now - self._asked_at > INITIAL_PATIENCE_S:
+            self._asked_at = now
+            workers = list(self._subscribers)
+            worker = workers[self._asked % len(workers)]
+            self._asked += 1
+            wanted = aggregation.missing(worker, INITIAL)
+            self._send_to(worker, Want(INITIAL, wanted, self.incarnation))
+
+    # Updates
+
+    def _updates(self) -> None:
+        for _ in range(RECV_BURST):
+            try:
+                frames = self._pull.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            self.handle(frames)
+
+    def handle(self, frames: list[zmq.Frame]) -> None:
+        """One message of the data channel; whatever it holds, the worst that follows is an error to its sender."""
+        worker = None
+        try:
+            message = messages.decode(frames[0].buffer)
+            if isinstance(message, Update):
+                worker = message.worker
+                self._update(message, frames)
+            elif isinstance(message, Fetch):
+                worker = message.worker
+                self._fetch(message)
+            else:
+                raise MessageError(
+                    "unexpected-type", f"{message.TYPE} is not for the data channel"
+                )
+        except MessageError as error:
+            self.counters[error.code] += 1
+            if self.counters[error.code] <= 5:
+                log.warning("refused from %s: %s: %s", worker or "?", error.code, error.text)
+            if worker is not None:
+                self._send_to(worker, Error(error.code, error.text))
+
+    def _update(self, message: Update, frames: list[zmq.Frame]) -> None:
+        assert self.aggregation is not None
+        assert self.layout is not None
+        if len(frames) != 2:
+            raise MessageError("bad-frames", f"an update is two frames, these are {len(frames)}")
+        if message.digest != self.layout.digest:
+            raise MessageError(
+                "layout-mismatch",
+                f"the update's model has the digest {message.digest:.32}, the run's {self.layout.digest}",
+            )
+        if message.incarnation and message.incarnation != self.incarnation:
+            self.counters["incarnation"] += 1
+            return
+        if message.encoding != "f32":
+            raise MessageError("bad-encoding", f"unknown encoding {message.encoding!r:.40}")
+        if not 0 <= message.chunk < len(self.layout.chunks):
+            raise MessageError("bad-chunk", f"there is no chunk {message.chunk}")
+        expected = self.layout.chunks[message.chunk].size * 4
+        payload = frames[1].buffer
+        if payload.nbytes != expected:
+            raise MessageError(
+                "bad-length",
+                f"chunk {message.chunk} has {expected} bytes, this one {payload.nbytes}",
+            )
+        if message.steps < 0 or message.samples < 0:
+            raise MessageError("bad-field", "steps and samples are not negative")
+        data = self._backend.load(payload)
+        if not self._backend.is_finite(data):
+            raise MessageError(
+                "not-finite",
+                f"the update of round {message.round} holds NaN or infinity: the training diverged. "
+                "Lower the learning rate, or look at the data",
+            )
+        self.bytes_up += payload.nbytes
+        self._arrival[message.worker] = time.monotonic()
+        contribution = Contribution(
+            message.worker,
+            message.round,
+            message.chunk,
+            data,
+            message.steps,
+            max(1, message.samples),
+        )
+        self._emit(self.aggregation.receive(contribution))
+
+    def _fetch(self, message: Fetch) -> None:
+        assert self.aggregation is not None
+        aggregation, worker = self.aggregation, message.worker
+        if aggregation.version < 0:
+            return  # there is nothing yet, and who brings it has been asked
+        wanted = aggregation.missing(worker, message.pushed) if message.pushed >= 0 else []
+        if aggregation.version > message.round and not wanted:
+            chunks = None
+            if message.version == aggregation.version and message.missing:
+                chunks = [i for i in message.missing if type(i) is int]
+            self._send_model(worker, chunks)
+        elif wanted:
+            quiet = time.monotonic() - self._arrival.get(worker, 0.0)
+            if quiet > 0.5:  # else its update is still arriving
+                self._send_to(worker, Want(message.pushed, wanted, self.incarnation))
+
+    # Sending
+
+    def _emit(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Published):
+                self._send_chunk(event.worker, event.version, event.chunk, event.data)
+            elif isinstance(event, Refused):
+                self.counters[event.reason] += 1
+            elif isinstance(event, Completed):
+                now = time.monotonic()
+                early = {w: now - self._arrival.get(w, now) for w in event.members}
+                self._published(
+                    NewVersion(event.version, early, self.bytes_up, self.bytes_down)
+                )
+
+    def _send_model(self, worker: str, chunks: list[int] | None = None) -> None:
+        """The latest complete version, and what is final already of the next."""
+        assert self.aggregation is not None
+        self.aggregation.sent_to(worker)
+        wanted = range(len(self.aggregation.chunks)) if chunks is None else chunks
+        for i in wanted:
+            if 0 <= i < len(self.aggregation.chunks):
+                self._send_chunk(worker, self.aggregation.version, i, self.aggregation.chunks[i])
+        if chunks is None:
+            for event in self.aggregation.in_progress():
+                self._send_chunk(worker, event.version, event.chunk, event.data)
+
+    def _send_chunk(self, worker: str | None, version: int, chunk: int, data: Any) -> None:
+        assert self.layout is not None
+        header = messages.encode(Model(self.incarnation, version, chunk, self.layout.digest))
+        payload = self._backend.host(data)
+        topic = BROADCAST if worker is None else topic_of(worker)
+        # No copy: a published array is never written to again.
+        self._xpub.send_multipart([topic, header, payload], copy=False)
+        self.bytes_down += payload.nbytes * (self._listeners if worker is None else 1)
+
+    def _send_to(self, worker: str, message: Want | Error) -> None:
+        self._xpub.send_multipart([topic_of(worker), messages.encode(message)])
+
+    def save(self, path: Path) -> bool:
+        """Write the latest version to a file; only after the thread has ended. False if there is none."""
+        if self.aggregation is None or self.layout is None or self.aggregation.version < 0:
+            return False
+        save_model(
+            path,
+            self.layout,
+            self.aggregation.chunks,
+            self._backend,
+            version=self.aggregation.version,
+        )
+        return True
+
+
+def topic_of(worker: str) -> bytes:
+    """The topic that only this worker subscribes to."""
+    return f"w/{worker}/".encode()
+
+
+class ParameterServer:
+    """The role: binds the data sockets, joins the state server, and averages until the run is over.
+
+    Args:
+        state: the state server's endpoint.
+        config: `[ps]` of the cluster file.
+        run_dir: where the log and the final model go.
+        wait_s: how long to wait for the state server.
+
+    Raises:
+        DeviceError: the device is not there.
+        TransportError: an endpoint cannot be bound.
+    """
+
+    def __init__(
+        self,
+        state: str,
+        config: PsConfig | None = None,
+        *,
+        run_dir: str | Path | None = None,
+        wait_s: float = 60.0,
+        name: str = "",
+        context: zmq.Context[Any] | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.config = config or PsConfig()
+        self.state = state
+        self.name = name or f"ps-{transport.hostname()}-{os.getpid()}"
+        self.thread: TensorThread | None = None
+        self._backend = backend_for(self.config.device)
+        self._context = context or zmq.Context.instance()
+        self._run_dir = Path(run_dir) if run_dir else None
+        self._journal = Journal(self._run_dir / "ps.jsonl" if self._run_dir else None, "ps")
+        self._say = say
+        self._wait_s = wait_s
+        self._error: BaseException | None = None
+        self._pull = transport.pull(self._context)
+        self._xpub = transport.xpub(self._context)
+        try:
+            insecure = self.config.insecure
+            push = transport.bind(
+                self._pull, self._endpoint("push", self.config.push_port), insecure=insecure
+            )
+            model = transport.bind(
+                self._xpub, self._endpoint("model", self.config.model_port), insecure=insecure
+            )
+            self.endpoints = {
+                "push": transport.reachable(push, state),
+                "model": transport.reachable(model, state),
+            }
+            self._socket = transport.dealer(self._context, self.name, state)
+        except BaseException:
+            self._pull.close(0)
+            self._xpub.close(0)
+            raise
+        self._server = MessageServer(self._socket)
+        self._server.on(Welcome, self._on_welcome)
+        self._server.on(Members, self._on_members)
+        self._server.on(Leave, self._on_leave)
+        self._server.on(Status, lambda peer, message: None)
+        self._server.on(Error, self._on_error)
+        self._server.on(NewVersion, self._on_new_version)
+        self._server.on(Failure, self._on_failure)
+
+    def _endpoint(self, what: str, port: int) -> str:
+        bind = self.config.bind
+        if bind.startswith(("ipc://", "inproc://")):
+            return f"{bind}-{what}"
+        host = bind.removeprefix("tcp://")
+        return f"tcp://{host}:{port or '*'}"
+
+    def stop(self) -> None:
+        """End, from any thread or a signal handler on the loop."""
+        self._server.post_threadsafe(Leave(self.name, "stopped"))
+
+    async def run(self) -> None:
+        """Serve until the state server says that the run is over.
+
+        Raises:
+            TransportError: no state server answered.
+            ProtocolError: the state server refused.
+        """
+        self._say(f"parameter server on {self._backend.name}, joining {self.state}")
+        joiner = asyncio.create_task(self._join())
+        try:
+            await self._server.run()
+        finally:
+            joiner.cancel()
+            self._end_thread()
+            self._socket.close()
+            self._journal.close()
+        if self._error is not None:
+            raise self._error
+
+    async def _join(self) -> None:
+        """Ask until welcomed; then keep the state server knowing that we are alive."""
+        started, told = time.monotonic(), False
+        while self.thread is None:
+            join = Join(
+                self.name,
+                "ps",
+                host=transport.hostname(),
+                device=self._backend.name,
+                endpoints=self.endpoints,
+            )
+            self._server.send(b"", join)
+            await asyncio.sleep(0.5)
+            waited = time.monotonic() - started
+            if self.thread is None and waited > 2 and not told:
+                told = True
+                self._say(f"waiting for the state server at {self.state}")
+            if self.thread is None and waited > self._wait_s:
+                self._error = TransportError(transport.no_state_server(self.state, self._wait_s))
+                self._server.stop()
+                return
+        while True:
+            await asyncio.sleep(1.0)
+            self._server.send(b"", Report(self.name, 0, 0, "serving"))
+
+    def _on_welcome(self, peer: bytes, message: Welcome) -> None:
+        if self.thread is not None:
+            return
+        try:
+            config = build(RunConfig, message.config, "run")
+        except ConfigError as error:
+            self._fail(error)
+            return
+        self.thread = TensorThread(
+            self._pull,
+            self._xpub,
+            self._backend,
+            config,
+            self._server.post_threadsafe,
+            lambda error: self._server.post_threadsafe(Failure(error)),
+        )
+        self.thread.start()
+        self._journal.write("welcome", endpoints=self.endpoints, device=self._backend.name)
+        self._say(f"averaging for mode {config.mode}; updates at {self.endpoints['push']}")
+
+    def _on_members(self, peer: bytes, message: Members) -> None:
+        try:
+            if message.layout is not None:
+                Layout.from_wire(message.layout)
+            if not all(type(rank) is int for rank in message.workers.values()):
+                raise ModelError("members: ranks are integers")
+        except ModelError as error:
+            raise MessageError("bad-layout", str(error)) from error
+        if self.thread is not None:
+            self.thread.inbox.put(message)
+
+    def _on_new_version(self, peer: bytes, event: NewVersion) -> None:
+        self._server.send(
+            b"",
+            Reset(self.name, event.version, event.early_s, event.bytes_up, event.bytes_down),
+        )
+        self._journal.write(
+            "round", round=event.version, early_s={w: round(s, 6) for w, s in event.early_s.items()}
+        )
+
+    def _on_leave(self, peer: bytes, message: Leave) -> None:
+        """The run is over (from the state server), or we were told to end (posted here)."""
+        self._end_thread()
+        if self.thread is not None and self._run_dir is not None:
+            path = self._run_dir / "model.safetensors"
+            if self.thread.save(path):
+                self._say(f"final model: {path}")
+        refused = dict(self.thread.counters) if self.thread else {}
+        self._journal.write("leave", reason=message.reason, refused=refused)
+        self._server.send(b"", Leave(self.name, "done"))
+        self._server.stop()
+
+    def _on_error(self, peer: bytes, message: Error) -> None:
+        if message.code == "unknown-worker":
+            return  # a new state server; the next join registers us
+        self._fail(ProtocolError(message.code, message.text))
+
+    def _on_failure(self, peer: bytes, event: Failure) -> None:
+        self._fail(EsyncError(f"the tensor thread failed: {event.error}"))
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = error
+        self._server.send(b"", Leave(self.name, str(error)[:200]))
+        self._server.stop()
+
+    def _end_thread(self) -> None:
+        if self.thread is None:
+            self._pull.close(0)
+            self._xpub.close(0)
+        elif self.thread.is_alive():
+            self.thread.inbox.put(None)
+            self.thread.join(timeout=10)

@@ -1,0 +1,55 @@
+"""`esync-state`: the state server on the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from esync import cli, config
+from esync.config import RunConfig, StateConfig
+from esync.state.server import StateServer
+
+
+@click.command(cls=cli.Command, context_settings={"max_content_width": 100})
+@cli.options_of(StateConfig)
+@cli.options_of(RunConfig)
+@cli.run_options
+def main(file: str | None, run_dir: str | None, verbose: bool, **values: Any) -> None:
+    """Pace one training run: tell each worker when to train on and when to synchronise.
+
+    Everything that workers and the parameter server need to know is given here, and told to them when they
+    join; they are started with this server's address alone. The order in which roles are started does not matter.
+
+    \b
+    Example, on three machines:
+      head$  esync-state --bind tcp://0.0.0.0:10010 --insecure --workers 2 --model resnet18-v1 --duration 600
+      head$  esync-ps --bind 0.0.0.0 --insecure
+      gpu$   esync-worker --connect tcp://head:10010 --device gpu:0
+      old$   esync-worker --connect tcp://head:10010
+      head$  esync-worker --evaluate
+    """
+    cli.start_logging(verbose)
+    raw = cli.tables(file)
+    overrides = cli.given(values, RunConfig)
+    if file:
+        run = config.cluster(raw, overrides).run
+    else:
+        run = config.build(RunConfig, overrides, "run")
+    config.check_names(run)
+    state = config.build(
+        StateConfig, {**raw.get("state", {}), **cli.given(values, StateConfig)}, "state"
+    )
+    server = StateServer(
+        run,
+        state.bind,
+        insecure=state.insecure,
+        run_dir=cli.make_directory(run_dir),
+        say=cli.say,
+    )
+    cli.say(f"state server at {server.endpoint}: {run.mode}, {run.model} on {run.dataset}")
+    cli.serve(server.run(), lambda: server.stop("interrupted"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,511 @@
+"""The state server's message handlers: they keep the table and the history, and answer queries.
+
+They know messages and a `send`, but no socket; `now` comes from the clock they are given. They run only in the
+router's task.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from esync.algorithms import algorithm
+from esync.config import RunConfig
+from esync.errors import ModelError
+from esync.journal import Journal
+from esync.messages import (
+    Error,
+    Join,
+    Leave,
+    Members,
+    Message,
+    MessageError,
+    Query,
+    Report,
+    Reset,
+    Response,
+    Status,
+    Welcome,
+)
+from esync.state.database import Record
+from esync.state.history import TOTALS, History, compute_ratio
+from esync.state.policy import STOP, SYNC, TRAIN, Policy, policy_for
+from esync.tensors import Layout
+from esync.version import VERSION
+
+log = logging.getLogger("esync.state")
+GOODBYE_S = 20.0
+"""How long a stopped run waits for its members to say goodbye."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Local event: look at the time."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRun:
+    """Local event: end the run."""
+
+    reason: str
+
+
+@dataclass(slots=True)
+class Server:
+    """A parameter server that joined."""
+
+    worker: str
+    endpoints: dict[str, Any]
+    heard: float
+
+
+class Handlers:
+    """The state server's whole behaviour.
+
+    Args:
+        config: the run's configuration.
+        send: hands a message for a peer to the sender.
+        clock: monotonic seconds.
+        finished: called once, when everybody has left a stopped run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        send: Callable[[bytes, Message], None],
+        clock: Callable[[], float],
+        *,
+        journal: Journal | None = None,
+        say: Callable[[str], None] = log.info,
+        finished: Callable[[], None] = lambda: None,
+        policy: Policy | None = None,
+    ) -> None:
+        self.config = config
+        self.policy = policy or policy_for(
+            algorithm(config.mode).pacing,
+            config.policy,
+            config.steps_per_round,
+            None if config.epsilon_s < 0 else config.epsilon_s,
+        )
+        self.table = self.policy.table()
+        self.history = History()
+        self.started: float | None = None
+        self.stopped: str | None = None
+        self.servers: dict[str, Server] = {}
+        self.layout: Layout | None = None
+        self._send = send
+        self._clock = clock
+        self._journal = journal or Journal(None, "state")
+        self._say = say
+        self._finished = finished
+        self._waiting: dict[str, Join] = {}
+        self._at_gate: dict[str, Query] = {}
+        self._ranks: dict[str, int] = {}
+        self._epoch = 0
+        self._stopped_at = 0.0
+        self._last_waiting = ""
+
+    def table_of_handlers(self) -> dict[type, Callable[[bytes, Any], None]]:
+        """Message type -> handler: what the router calls."""
+        return {
+            Join: self.on_join,
+            Query: self.on_query,
+            Report: self.on_report,
+            Reset: self.on_reset,
+            Leave: self.on_leave,
+            Status: self.on_status,
+            Error: self.on_error,
+            Tick: self.on_tick,
+            StopRun: lambda peer, event: self.stop(event.reason),
+        }
+
+    # Joining
+
+    def on_join(self, peer: bytes, message: Join) -> None:
+        _check_identity(peer, message.worker)
+        if message.role not in ("worker", "evaluator", "ps"):
+            raise MessageError("bad-role", f"a role is worker, evaluator or ps, not {message.role!r}")
+        if message.version != VERSION:
+            log.warning("%s runs esync %s, here %s", message.worker, message.version, VERSION)
+        if self.stopped is not None:
+            raise MessageError("run-over", f"the run is over ({self.stopped})")
+        if message.role == "ps":
+            self._ps_joins(peer, message)
+        elif message.layout is None:
+            self._waiting[message.worker] = message
+            self._welcome_waiting()
+        else:
+            self._take_part(peer, message, message.layout)
+
+    def _ps_joins(self, peer: bytes, message: Join) -> None:
+        endpoints = message.endpoints or {}
+        if not all(isinstance(endpoints.get(key), str) for key in ("push", "model")):
+            raise MessageError("bad-field", "join of a ps: endpoints need push and model")
+        known = self.servers.get(message.worker)
+        if known is None and self.servers:
+            raise MessageError("second-ps", "this run has a parameter server already")
+        if known is None:
+            self._say(f"parameter server {message.worker} joined from {message.host}")
+        self.servers[message.worker] = Server(message.worker, endpoints, self._clock())
+        self._send(peer, self._welcome(0))
+        self._announce_members()
+        self._welcome_waiting()
+
+    def _welcome_waiting(self) -> None:
+        if not self.servers:
+            for worker in self._waiting:
+                self._send(worker.encode(), Status(waiting_for="the parameter server"))
+            return
+        waiting, self._waiting = self._waiting, {}
+        for message in waiting.values():
+            try:
+                record = self._register(message)
+            except MessageError as error:
+                self._send(message.worker.encode(), Error(error.code, error.text))
+                continue
+            self._send(message.worker.encode(), self._welcome(record.rank))
+
+    def _welcome(self, rank: int) -> Welcome:
+        endpoints: dict[str, Any] = {}
+        for server in self.servers.values():
+            endpoints = server.endpoints
+        return Welcome(
+            rank,
+            self.config.workers,
+            self.config.to_wire(),
+            endpoints,
+            self.config.heartbeat_s,
+        )
+
+    def _register(self, message: Join) -> Record:
+        now = self._clock()
+        record = self.table.records.get(message.worker)
+        if record is not None:
+            record.heard = now
+            return record
+        evaluator = message.role == "evaluator"
+        if algorithm(self.config.mode).single and not evaluator:
+            others = [r for r in self.table.records.values() if r.role == "worker"]
+            if others:
+                raise MessageError(
+                    "run-full",
+                    f"mode {self.config.mode} trains on one worker, and {others[0].worker} is it",
+                )
+        rank = -1 if evaluator else self._rank_for(message)
+        record = self.table.add(
+            message.worker,
+            rank,
+            now,
+            role=message.role,
+            host=message.host,
+            device=message.device,
+        )
+        self.history.joined(record, self._t(now))
+        self._journal.write("join", worker=message.worker, role=message.role, rank=rank)
+        self._say(f"{message.role} {message.worker} joined ({message.device or 'no device'})")
+        return record
+
+    def _rank_for(self, message: Join) -> int:
+        """The rank asked for or had before, if it is free, else the lowest free one."""
+        taken = {r.rank for r in self.table.records.values()}
+        for rank in (message.rank, self._ranks.get(message.worker)):
+            if rank is not None and rank >= 0 and rank not in taken:
+                break
+        else:
+            rank = next(n for n in range(len(taken) + 1) if n not in taken)
+        self._ranks[message.worker] = rank
+        return rank
+
+    def _take_part(self, peer: bytes, message: Join, raw: dict[str, Any]) -> None:
+        try:
+            layout = Layout.from_wire(raw)
+        except ModelError as error:
+            raise MessageError("bad-layout", str(error)) from error
+        if self.layout is None:
+            self.layout = layout
+            self._announce_members()
+        elif layout.digest != self.layout.digest:
+            raise MessageError(
+                "layout-mismatch",
+                f"the model of {message.worker} is not the run's model: "
+                f"{layout.difference(self.layout)} (digests {layout.digest} and {self.layout.digest}). "
+                "Start every worker with the same model code and configuration",
+            )
+        record = self._register(message)
+        self._send(peer, self._welcome(record.rank))
+
+    # Training
+
+    def on_query(self, peer: bytes, message: Query) -> None:
+        record = self._record(peer, message.worker)
+        now = self._clock()
+        if message.ahead > 1:
+            raise MessageError("bad-field", "query.ahead: expected 0 or 1")
+        record.phase = TRAIN
+        if message.loss is not None:
+            record.loss = message.loss
+        self.table.progress(record, message.round, message.step, message.compute_s, now)
+        if self.stopped is not None:
+            self._send(peer, Response(self.history.version, message.step, STOP))
+        elif self.started is None or not record.active:
+            self._wait_at_gate(record, message, now)
+        else:
+            self._answer(peer, record, message, now)
+
+    def _answer(self, peer: bytes, record: Record, message: Query, now: float) -> None:
+        decision = self.policy.decide(self.table, record, message.ahead, now)
+        self._send(peer, Response(message.round, message.step, decision.action, decision.lease))
+
+    def _wait_at_gate(self, record: Record, message: Query, now: float) -> None:
+        """A worker's first query: it has the model. The run starts when enough workers are here."""
+        if record.role != "worker":
+            raise MessageError("bad-role", f"a {record.role} does not train")
+        if not record.active:
+            self.table.activate(record)
+            self._announce_members()
+        self._at_gate[record.worker] = message
+        if self.started is None:
+            missing = self.config.workers - len(self.table.active())
+            if missing > 0:
+                record.phase = "waiting"
+                text = f"{missing} more worker{'s' if missing > 1 else ''}"
+                for worker in self._at_gate:
+                    self._send(worker.encode(), Status(waiting_for=text))
+                return
+            self._start(now)
+        waiting, self._at_gate = self._at_gate, {}
+        for worker, query in waiting.items():
+            waiter = self.table.records.get(worker)
+            if waiter is not None:
+                waiter.since = now
+                waiter.phase = TRAIN
+                self._answer(worker.encode(), waiter, query, now)
+
+    def _start(self, now: float) -> None:
+        self.started = now
+        for passage in self.history.passages:
+            passage.joined_s = 0.0
+        self._journal.write("start", workers=[r.worker for r in self.table.active()])
+        self._say(f"the run starts with {len(self.table.active())} workers")
+
+    def on_report(self, peer: bytes, message: Report) -> None:
+        now = self._clock()
+        if message.worker in self.servers:
+            _check_identity(peer, message.worker)
+            self.servers[message.worker].heard = now
+            return
+        record = self._record(peer, message.worker)
+        record.heard = now
+        record.phase = message.phase
+        if message.loss is not None:
+            record.loss = message.loss
+        if message.totals is not None:
+            self._store_totals(record, message.totals)
+        if message.phase == "eval" and message.accuracy is not None:
+            self._evaluated(message, message.accuracy, now)
+        elif message.phase == SYNC:
+            self.table.progress(record, message.round, message.step, message.compute_s, now)
+            record.arrived = True
+            record.finished = (message.round, now)
+            for other in self.policy.hurry(self.table, record):
+                self._send(other.worker.encode(), Response(other.round, other.step, SYNC, 0))
+        if self.stopped is not None:
+            self._send(peer, Response(self.history.version, message.step, STOP))
+
+    def _store_totals(self, record: Record, totals: dict[str, Any]) -> None:
+        for key in TOTALS:
+            value = totals.get(key)
+            if isinstance(value, (int, float)) and 0 <= value < 1e15:
+                record.totals[key] = value
+        digest = totals.get("split_digest")
+        if isinstance(digest, str):
+            self.history.split_digest = digest[:64]
+
+    def _evaluated(self, message: Report, accuracy: float, now: float) -> None:
+        self.history.evaluated(message.round, accuracy, message.loss, self._t(now))
+        at = self.history.version_s.get(message.round)
+        self._journal.write(
+            "accuracy", round=message.round, accuracy=accuracy, loss=message.loss, run_s=at
+        )
+        target = self.config.target_accuracy
+        if target and accuracy >= target and self.stopped is None:
+            self.stop(f"test accuracy {accuracy:.4f} reached the target")
+
+    def on_reset(self, peer: bytes, message: Reset) -> None:
+        _check_identity(peer, message.worker)
+        server = self.servers.get(message.worker)
+        if server is None:
+            raise MessageError("unknown-worker", f"{message.worker} has not joined; join first")
+        now = server.heard = self._clock()
+        self.table.round = max(self.table.round, message.round)
+        self.history.published(
+            message.round, self._t(now), message.bytes_up, message.bytes_down
+        )
+        for worker, early_s in message.members.items():
+            record = self.table.records.get(worker)
+            if record is None or not isinstance(early_s, (int, float)):
+                continue
+            round, at = record.finished
+            if self.policy.measures_delivery and round == message.round - 1:
+                self.table.delivered(record, now - early_s - at)
+        self._journal.write("round", round=message.round, members=list(message.members))
+        if self.config.rounds and message.round >= self.config.rounds and self.stopped is None:
+            self.stop(f"{message.round} rounds")
+
+    # Leaving and ending
+
+    def on_leave(self, peer: bytes, message: Leave) -> None:
+        _check_identity(peer, message.worker)
+        if message.worker in self.servers:
+            del self.servers[message.worker]
+            self._say(f"parameter server {message.worker} left: {message.reason or 'no reason given'}")
+        self._waiting.pop(message.worker, None)
+        self._remove(message.worker, message.reason or "left")
+        self._end_when_alone()
+
+    def _remove(self, worker: str, reason: str) -> None:
+        record = self.table.remove(worker)
+        self._at_gate.pop(worker, None)
+        if record is None:
+            return
+        now = self._clock()
+        self.history.left(record, self._t(now), reason)
+        self._journal.write("leave", worker=worker, reason=reason)
+        if self.stopped is None:
+            self._say(f"{record.role} {worker} left: {reason}")
+        if record.active:
+            self._announce_members()
+
+    def on_tick(self, peer: bytes, event: Tick) -> None:
+        now = self._clock()
+        for record in list(self.table.records.values()):
+            if now - record.heard > self.config.heartbeat_s:
+                self._remove(record.worker, f"evicted: silent for {self.config.heartbeat_s:g} s")
+        limit = self.config.duration_s
+        if self.stopped is None:
+            if limit and self.started is not None and now - self.started >= limit:
+                self.stop(f"{limit:g} seconds")
+            self._say_waiting()
+        elif now - self._stopped_at > GOODBYE_S:
+            log.warning("some members never said goodbye: %s", list(self.table.records))
+            self.table.records.clear()
+            self.servers.clear()
+        self._end_when_alone()
+
+    def _say_waiting(self) -> None:
+        text = self.waiting_for()
+        if text != self._last_waiting:
+            self._last_waiting = text
+            if text:
+                self._say(f"waiting for {text}")
+
+    def waiting_for(self) -> str:
+        """What keeps the run from going on, in words; empty if nothing does."""
+        if not self.servers:
+            return "the parameter server"
+        missing = self.config.workers - len(self.table.active())
+        if self.started is None and missing > 0:
+            return f"{missing} more worker{'s' if missing > 1 else ''}"
+        if self.started is not None and not self.table.active():
+            return "a worker: none is left"
+        return ""
+
+    def stop(self, reason: str) -> None:
+        """End the run: tell every worker and evaluator; they leave, then the parameter server goes."""
+        if self.stopped is not None:
+            return
+        self.stopped = reason
+        self._stopped_at = self._clock()
+        self._journal.write("stop", reason=reason, round=self.history.version)
+        self._say(f"the run ends: {reason}")
+        for record in self.table.records.values():
+            self._send(record.worker.encode(), Response(self.history.version, record.step, STOP))
+        for worker in self._waiting:
+            self._send(worker.encode(), Error("run-over", f"the run is over ({reason})"))
+        self._end_when_alone()
+
+    def _end_when_alone(self) -> None:
+        if self.stopped is None or self.table.records:
+            return
+        if self.servers:
+            for worker in self.servers:
+                self._send(worker.encode(), Leave(worker, self.stopped))
+        else:
+            self._finished()
+
+    def _announce_members(self) -> None:
+        self._epoch += 1
+        workers: dict[str, Any] = {r.worker: r.rank for r in self.table.active()}
+        layout = self.layout.to_wire() if self.layout else None
+        for worker in self.servers:
+            self._send(worker.encode(), Members(self._epoch, workers, layout))
+
+    # Looking
+
+    def on_status(self, peer: bytes, message: Status) -> None:
+        self._send(peer, Status(table=self.status(), waiting_for=self.waiting_for()))
+
+    def on_error(self, peer: bytes, message: Error) -> None:
+        log.warning("%r reports an error: %s: %s", peer, message.code, message.text)
+
+    def status(self) -> dict[str, Any]:
+        """The live table, for people."""
+        now = self._clock()
+        latest = self.history.accuracy[-1] if self.history.accuracy else {}
+        return {
+            "mode": self.config.mode,
+            "model": self.config.model,
+            "dataset": self.config.dataset,
+            "round": self.history.version,
+            "rounds": self.config.rounds,
+            "elapsed_s": 0.0 if self.started is None else now - self.started,
+            "duration_s": self.config.duration_s,
+            "target_accuracy": self.config.target_accuracy,
+            "started": self.started is not None,
+            "stopped": self.stopped,
+            "accuracy": latest.get("accuracy"),
+            "accuracy_round": latest.get("round"),
+            "loss": latest.get("loss"),
+            "workers": [
+                {
+                    "worker": r.worker,
+                    "rank": r.rank,
+                    "role": r.role,
+                    "device": r.device,
+                    "round": r.round,
+                    "step": r.step,
+                    "phase": r.phase,
+                    "step_s": r.step_s.value,
+                    "loss": r.loss,
+                    "samples": r.totals.get("samples", 0),
+                    "steps": r.totals.get("steps", 0),
+                    "compute_ratio": compute_ratio(r.totals),
+                }
+                for r in sorted(self.table.records.values(), key=lambda r: (r.role, r.rank))
+            ],
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The summary of the run so far, or of the whole if it has ended."""
+        end = self._stopped_at if self.stopped is not None else self._clock()
+        wall_s = end - self.started if self.started is not None else 0.0
+        return self.history.summary(self.config, wall_s, self.stopped or "")
+
+    def _t(self, now: float) -> float:
+        return 0.0 if self.started is None else now - self.started
+
+    def _record(self, peer: bytes, worker: str) -> Record:
+        _check_identity(peer, worker)
+        record = self.table.records.get(worker)
+        if record is None:
+            raise MessageError("unknown-worker", f"{worker} is not a member of this run; join first")
+        return record
+
+
+def _check_identity(peer: bytes, worker: str) -> None:
+    if peer != worker.encode():
+        raise MessageError(
+            "wrong-id", f"the message speaks for {worker!r} but came from {peer!r:.80}"
+        )

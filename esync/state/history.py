@@ -1,0 +1,123 @@
+"""What happened in a run: versions, accuracies, comings and goings, and the summary made of them.
+
+No socket, no clock: times are seconds since the run's start and come in as arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from esync.config import RunConfig
+from esync.state.database import Record
+
+THRESHOLDS = (0.7, 0.8, 0.85, 0.9)
+"""Accuracies whose times a summary names."""
+TOTALS = ("steps", "samples", "compute_s", "query_s", "sync_s", "eval_s")
+"""A worker's running totals: local steps, samples, and seconds by what they were spent on."""
+
+
+@dataclass(slots=True)
+class Passage:
+    """One worker's time in the run, from joining to leaving."""
+
+    record: Record
+    joined_s: float
+    left_s: float | None = None
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class History:
+    """Everything that a summary needs."""
+
+    version: int = 0
+    version_s: dict[int, float] = field(default_factory=lambda: {0: 0.0})
+    accuracy: list[dict[str, Any]] = field(default_factory=list)
+    passages: list[Passage] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    split_digest: str = ""
+
+    def joined(self, record: Record, t: float) -> None:
+        """A worker was registered."""
+        self.passages.append(Passage(record, t))
+
+    def left(self, record: Record, t: float, reason: str) -> None:
+        """A worker went, or was evicted."""
+        for passage in self.passages:
+            if passage.record is record:
+                passage.left_s, passage.reason = t, reason
+
+    def published(self, version: int, t: float, bytes_up: int, bytes_down: int) -> None:
+        """The parameter server published a version."""
+        self.version = max(self.version, version)
+        self.version_s.setdefault(version, t)
+        self.bytes_up, self.bytes_down = bytes_up, bytes_down
+
+    def evaluated(self, version: int, accuracy: float, loss: float | None, t: float) -> None:
+        """A version was evaluated; it counts at the time at which it was published."""
+        at = self.version_s.get(version, t)
+        self.accuracy.append(
+            {"t": round(at, 4), "round": version, "accuracy": accuracy, "loss": loss}
+        )
+        self.accuracy.sort(key=lambda row: int(row["round"]))
+
+    def time_to(self, threshold: float) -> float | None:
+        """Seconds from the start until a published model had this test accuracy."""
+        for row in self.accuracy:
+            if row["accuracy"] >= threshold:
+                return float(row["t"])
+        return None
+
+    def summary(self, config: RunConfig, wall_s: float, reason: str) -> dict[str, Any]:
+        """The contents of `summary.json` (docs/operations.md describes the fields)."""
+        workers = [
+            _worker_row(passage)
+            for passage in sorted(self.passages, key=lambda p: (p.record.rank, p.joined_s))
+            if passage.record.role == "worker"
+        ]
+        samples = sum(row["samples"] for row in workers)
+        return {
+            "mode": config.mode,
+            "policy": config.policy,
+            "model": config.model,
+            "dataset": config.dataset,
+            "split": config.split,
+            "split_digest": self.split_digest,
+            "seed": config.seed,
+            "ended": reason,
+            "rounds": self.version,
+            "wall_s": round(wall_s, 4),
+            "samples": samples,
+            "samples_per_s": round(samples / wall_s, 3) if wall_s > 0 else 0.0,
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "workers": workers,
+            "accuracy": self.accuracy,
+            "final_accuracy": self.accuracy[-1]["accuracy"] if self.accuracy else None,
+            "time_to": {f"{x:g}": self.time_to(x) for x in THRESHOLDS},
+        }
+
+
+def compute_ratio(totals: dict[str, Any]) -> float:
+    """Share of a worker's time spent computing, evaluation left out."""
+    busy = totals.get("compute_s", 0.0)
+    spent = busy + totals.get("query_s", 0.0) + totals.get("sync_s", 0.0)
+    return float(busy / spent) if spent > 0 else 0.0
+
+
+def _worker_row(passage: Passage) -> dict[str, Any]:
+    record = passage.record
+    totals = {key: record.totals.get(key, 0) for key in TOTALS}
+    return {
+        "rank": record.rank,
+        "name": record.worker,
+        "device": record.device,
+        "host": record.host,
+        **{key: round(value, 4) for key, value in totals.items()},
+        "compute_ratio": round(compute_ratio(totals), 4),
+        "joined_s": round(passage.joined_s, 3),
+        "left_s": None if passage.left_s is None else round(passage.left_s, 3),
+        "left_why": passage.reason,
+    }

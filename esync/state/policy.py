@@ -1,0 +1,177 @@
+"""Pacing policies: who trains on and who synchronises. Pure decisions on the state table, with `now` as an argument.
+
+A worker asks after local step `record.step`; with `ahead` = 1 its next step is already running. The answer is counted
+from `record.step`: see `Decision`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from esync.state.database import Latest, MedianOfThree, Record, Table
+
+TRAIN = "train"
+SYNC = "sync"
+STOP = "stop"
+PAPER_EPSILON_S = 0.5
+"""Epsilon of the 2019 implementation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`train`: run up to `lease` more steps, then have a new answer. `sync`: run exactly `lease` more steps,
+    then synchronise. A step already running counts."""
+
+    action: str
+    lease: int
+
+
+class Policy(Protocol):
+    """Decides for one worker at a time.
+
+    Attributes:
+        measures_delivery: the table is to be told how long updates take to arrive.
+    """
+
+    measures_delivery: bool
+
+    def table(self) -> Table:
+        """An empty table with the estimators that the policy wants."""
+
+    def decide(self, table: Table, record: Record, ahead: int, now: float) -> Decision:
+        """What `record`'s worker does next. A `sync` is remembered in the record."""
+
+    def hurry(self, table: Table, record: Record) -> list[Record]:
+        """Now that `record`'s worker has arrived at the barrier: who else is to come at once, without asking."""
+
+
+class FixedSteps:
+    """The same number of local steps for everybody: SSGD and ASGD (1), local SGD and FedAvg (more)."""
+
+    measures_delivery = False
+
+    def __init__(self, steps: int = 1) -> None:
+        self.steps = steps
+
+    def table(self) -> Table:
+        return Table()
+
+    def decide(self, table: Table, record: Record, ahead: int, now: float) -> Decision:
+        record.ready = True
+        return Decision(SYNC, max(ahead, self.steps - record.step))
+
+    def hurry(self, table: Table, record: Record) -> list[Record]:
+        return []
+
+
+class PaperEsync:
+    """ESync exactly as published (Li et al. 2019, algorithm of the state server).
+
+    Args:
+        epsilon_s: the published margin against boundary error, in seconds.
+    """
+
+    measures_delivery = False
+
+    def __init__(self, epsilon_s: float = PAPER_EPSILON_S) -> None:
+        self.epsilon_s = epsilon_s
+
+    def table(self) -> Table:
+        return Table(Latest, unmeasured_s=0.0)
+
+    def decide(self, table: Table, record: Record, ahead: int, now: float) -> Decision:
+        slowest = table.slowest()
+        if slowest is None or record.step == 0 or slowest.round < record.round:
+            return Decision(TRAIN, 1)
+        rest = slowest.step_s.value - (now - slowest.since)
+        if (
+            record is slowest
+            or slowest.ready
+            or record.step_s.value + self.epsilon_s > rest
+        ):
+            record.ready = True
+            return Decision(SYNC, 0)
+        return Decision(TRAIN, 1)
+
+    def hurry(self, table: Table, record: Record) -> list[Record]:
+        return []
+
+
+class AdaptiveEsync:
+    """ESync with robust estimates, answers ahead of time, leases, and a measured margin.
+
+    The slowest worker arrives at the barrier at `since + step_s + delivery_s`. Another worker may run as many
+    steps as end, with its own delivery and the margin, before that. While several fit it gets at most half of
+    them as a lease, so that it asks again a few times as the barrier comes nearer, and after each change
+    of the others' pace; when no more fit it is told the step after which to synchronise.
+
+    Args:
+        epsilon_s: the margin in seconds; None measures it: the mean deviations of both workers' steps.
+    """
+
+    measures_delivery = True
+
+    def __init__(self, epsilon_s: float | None = None) -> None:
+        self.epsilon_s = epsilon_s
+
+    def table(self) -> Table:
+        return Table(MedianOfThree)
+
+    def decide(self, table: Table, record: Record, ahead: int, now: float) -> Decision:
+        slowest = table.slowest()
+        if slowest is None:
+            return Decision(TRAIN, ahead + 1)
+        at_least = max(ahead, 1 - record.step)  # a round has one step, and a running one is finished
+        if record is slowest and record.step_s.value:
+            return self._sync(record, at_least)
+        if slowest.round == record.round and slowest.arrived:
+            return self._sync(record, at_least)
+        if not (slowest.step_s.value and record.step_s.value):
+            return Decision(TRAIN, ahead + 1)
+        fits = self._fitting_steps(slowest, record, now)
+        if fits <= at_least:
+            return self._sync(record, at_least)
+        return Decision(TRAIN, max(ahead + 1, fits // 2))
+
+    def _fitting_steps(self, slowest: Record, record: Record, now: float) -> int:
+        """How many of `record`'s steps, begun now, end before the slowest worker arrives."""
+        begun = slowest.since if slowest.round == record.round else now  # else: has not pulled yet
+        arrival = begun + slowest.step_s.value + slowest.delivery_s.value
+        epsilon = self.epsilon_s
+        if epsilon is None:
+            epsilon = slowest.step_s.jitter + record.step_s.jitter
+        return math.floor((arrival - record.delivery_s.value - epsilon - now) / record.step_s.value)
+
+    def hurry(self, table: Table, record: Record) -> list[Record]:
+        """The slowest came before it was expected: nobody uses up a lease."""
+        if record is not table.slowest():
+            return []
+        late = [r for r in table.active() if r.round == record.round and not r.ready]
+        for other in late:
+            other.ready = True
+        return late
+
+    @staticmethod
+    def _sync(record: Record, lease: int) -> Decision:
+        record.ready = True
+        return Decision(SYNC, lease)
+
+
+def policy_for(pacing: str, variant: str, steps: int, epsilon_s: float | None) -> Policy:
+    """The policy of an algorithm's `pacing`, in the `variant` that the run asks for."""
+    return POLICIES[pacing](variant, steps, epsilon_s)
+
+
+def _esync(variant: str, steps: int, epsilon_s: float | None) -> Policy:
+    if variant == "paper":
+        return PaperEsync(PAPER_EPSILON_S if epsilon_s is None else epsilon_s)
+    return AdaptiveEsync(epsilon_s)
+
+
+POLICIES = {
+    "esync": _esync,
+    "fixed": lambda variant, steps, epsilon_s: FixedSteps(steps),
+}
+"""Pacing -> maker of its policy, from (variant, steps a round, epsilon in seconds or None)."""

@@ -1,0 +1,95 @@
+"""The state server: a bound ROUTER, the message server on it, and the handlers; single-process asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from esync import transport
+from esync.config import RunConfig
+from esync.journal import Journal
+from esync.messaging import MessageServer
+from esync.state.handlers import Handlers, StopRun, Tick
+
+TICK_S = 0.2
+
+
+class StateServer:
+    """Paces one run.
+
+    Args:
+        config: what every role is told in `welcome`.
+        bind: endpoint to listen on; `endpoint` is what it became.
+        run_dir: where `summary.json` and the log go; None writes neither.
+
+    Raises:
+        TransportError: the endpoint cannot be bound.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        bind: str = transport.DEFAULT_STATE,
+        *,
+        insecure: bool = False,
+        run_dir: str | Path | None = None,
+        context: zmq.Context[Any] | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._context = context or zmq.Context.instance()
+        self._socket = transport.router(self._context)
+        try:
+            self.endpoint = transport.bind(self._socket, bind, insecure=insecure)
+        except BaseException:
+            self._socket.close(0)
+            raise
+        self._run_dir = Path(run_dir) if run_dir else None
+        self._journal = Journal(self._run_dir / "state.jsonl" if self._run_dir else None, "state")
+        self._server = MessageServer(self._socket)
+        self.handlers = Handlers(
+            config,
+            self._server.send,
+            time.monotonic,
+            journal=self._journal,
+            say=say,
+            finished=self._server.stop,
+        )
+        for kind, handler in self.handlers.table_of_handlers().items():
+            self._server.on(kind, handler)
+
+    def stop(self, reason: str) -> None:
+        """End the run; from any thread."""
+        self._server.post_threadsafe(StopRun(reason))
+
+    async def run(self) -> dict[str, Any]:
+        """Serve until the run has ended and everybody has left; returns the summary."""
+        ticker = asyncio.create_task(self._tick())
+        try:
+            await self._server.run()
+        finally:
+            ticker.cancel()
+            summary = self.handlers.summary()
+            summary["refused"] = dict(self._server.counters)
+            if self._run_dir:
+                write_summary(self._run_dir / "summary.json", summary)
+            self._journal.close()
+            self._socket.close()
+        return summary
+
+    async def _tick(self) -> None:
+        while True:
+            self._server.post(Tick())
+            await asyncio.sleep(TICK_S)
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Write a summary so that a reader sees all of it or nothing."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)

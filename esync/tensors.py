@@ -1,0 +1,155 @@
+"""A pytree as one flat float32 vector: its layout, its digest, and its chunks.
+
+The vector has two parts. *Deltas*: leaves that are averaged as the difference from the global model.
+*Values*: leaves that are averaged as they are (BatchNorm's running statistics, its gamma and beta). A chunk
+never spans both. Nothing here imports a framework: the parameter server uses this module too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from esync.errors import ModelError
+
+CHUNK_ELEMENTS = 1 << 18
+"""Elements in a chunk: 1 MiB of float32."""
+MAX_ELEMENTS = 1 << 40
+
+DELTA = "delta"
+VALUE = "value"
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One array of the model: how it is averaged, where it stands in the tree, and its shape."""
+
+    kind: str
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Elements `start` to `stop` of the flat vector, all of one kind."""
+
+    start: int
+    stop: int
+    kind: str
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The leaves in the order in which they stand in the flat vector: all deltas, then all values."""
+
+    leaves: tuple[Leaf, ...]
+
+    @cached_property
+    def deltas(self) -> int:
+        """Number of elements averaged as deltas."""
+        return sum(leaf.size for leaf in self.leaves if leaf.kind == DELTA)
+
+    @cached_property
+    def values(self) -> int:
+        """Number of elements averaged as values."""
+        return sum(leaf.size for leaf in self.leaves if leaf.kind == VALUE)
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the flat vector."""
+        return self.deltas + self.values
+
+    @cached_property
+    def digest(self) -> str:
+        """Eight bytes of SHA-256 over every leaf's kind, path, shape and dtype, in hexadecimal."""
+        text = "\n".join(f"{x.kind} {x.path} {x.shape} {x.dtype}" for x in self.leaves)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """The chunks, in order; every element is in exactly one."""
+        rows = []
+        for start, stop, kind in (
+            (0, self.deltas, DELTA),
+            (self.deltas, self.size, VALUE),
+        ):
+            for at in range(start, stop, CHUNK_ELEMENTS):
+                rows.append(Chunk(at, min(at + CHUNK_ELEMENTS, stop), kind))
+        return tuple(rows)
+
+    def to_wire(self) -> dict[str, Any]:
+        """As plain lists and strings, for a message."""
+        return {"leaves": [[x.kind, x.path, list(x.shape), x.dtype] for x in self.leaves]}
+
+    @staticmethod
+    def from_wire(raw: dict[str, Any]) -> Layout:
+        """The layout in a message.
+
+        Raises:
+            ModelError: it is not one.
+        """
+        try:
+            leaves = []
+            for kind, path, shape, dtype in raw["leaves"]:
+                if kind not in (DELTA, VALUE) or not isinstance(path, str):
+                    raise ValueError(f"{kind!r:.40} {path!r:.80}")
+                if not all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in shape):
+                    raise ValueError(f"shape {shape!r:.80}")
+                leaves.append(Leaf(kind, path, tuple(shape), str(dtype)))
+            layout = Layout(tuple(leaves))
+            if not 0 < layout.size <= MAX_ELEMENTS:
+                raise ValueError(f"{layout.size} elements")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"not a model's layout: {error!s:.200}") from error
+        return layout
+
+    def difference(self, other: Layout) -> str:
+        """The first thing in which `other` (the run's) differs from this one (a newcomer's), in words."""
+        theirs = {leaf.path: leaf for leaf in other.leaves}
+        for leaf in self.leaves:
+            run = theirs.pop(leaf.path, None)
+            if run is None:
+                return f"the leaf {leaf.path} {list(leaf.shape)} is not in the run's model"
+            if run != leaf:
+                return (
+                    f"the leaf {leaf.path} is {leaf.dtype}{list(leaf.shape)} averaged as {leaf.kind}, "
+                    f"in the run's model {run.dtype}{list(run.shape)} averaged as {run.kind}"
+                )
+        for path in theirs:
+            return f"the run's model has a leaf {path}, this one has not"
+        return "the leaves come in another order"
+
+
+def layout_of(leaves: list[tuple[str, str, Any]]) -> Layout:
+    """The layout of (kind, path, array) triples; within a kind the order is kept.
+
+    Raises:
+        ModelError: a leaf that cannot be averaged, or nothing to average.
+    """
+    rows = []
+    for kind, path, array in leaves:
+        shape, dtype = np.shape(array), np.dtype(getattr(array, "dtype", type(array)))
+        if dtype.kind != "f" and dtype.name != "bfloat16":
+            raise ModelError(
+                f"the leaf {path} has dtype {dtype.name}; only floating-point leaves can be averaged. "
+                "Keep counters and random keys out of the tree given to esync"
+            )
+        rows.append(Leaf(kind, path, tuple(int(n) for n in shape), dtype.name))
+    if sum(row.size for row in rows) == 0:
+        raise ModelError("the model has no parameters")
+    rows.sort(key=lambda row: row.kind != DELTA)
+    return Layout(tuple(rows))

@@ -1,0 +1,212 @@
+"""Endpoints, sockets and their options, the event loop: everything that is decided once about ZeroMQ.
+
+The options follow from measurements: heartbeats on the control channel only (on a back-pressured PULL they
+drop live connections), explicit LINGER everywhere (or closing a context can hang), a bound on the size
+of every frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import re
+import socket as _socket
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import zmq
+
+from esync.errors import TransportError
+
+T = TypeVar("T")
+DEFAULT_STATE = "tcp://127.0.0.1:10010"
+"""The state server's default endpoint (the port is the one of the 2019 implementation)."""
+MAX_CONTROL_BYTES = 4 << 20
+"""Largest frame on the control channel."""
+MAX_CHUNK_BYTES = 4 << 20
+"""Largest frame on the data channel; chunks are at most 2 MiB."""
+LINGER_MS = 2000
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end on uvloop where that is installed, else on asyncio's own loop."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+def check_endpoint(endpoint: str) -> str:
+    """`endpoint` itself, if it is one that esync speaks.
+
+    Raises:
+        TransportError: another scheme, or no port.
+    """
+    url = urlsplit(endpoint)
+    if url.scheme in ("ipc", "inproc") and endpoint.split("://", 1)[1]:
+        return endpoint
+    if url.scheme == "tcp" and re.fullmatch(r"tcp://(\[[^\]]+\]|[^:\[\]]+):(\d+|\*)", endpoint):
+        return endpoint
+    raise TransportError(
+        f"{endpoint!r} is not an endpoint; expected tcp://HOST:PORT, ipc://PATH or inproc://NAME"
+    )
+
+
+def is_local(endpoint: str) -> bool:
+    """Whether only this machine can reach a socket bound to `endpoint`."""
+    if not endpoint.startswith("tcp://"):
+        return True
+    host = host_of(endpoint)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def host_of(endpoint: str) -> str:
+    """The host part of a tcp endpoint, without brackets."""
+    return endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+
+
+def bind(socket: zmq.Socket[bytes], endpoint: str, *, insecure: bool = False) -> str:
+    """Bind and return the actual endpoint (with the port that `*` became).
+
+    Raises:
+        TransportError: the address is taken or not ours, or is reachable from other machines and
+            `insecure` was not said.
+    """
+    check_endpoint(endpoint)
+    if not is_local(endpoint) and not insecure:
+        raise TransportError(
+            f"{endpoint} can be reached from other machines, and nothing on it is encrypted or "
+            "authenticated; bind to 127.0.0.1, or pass --insecure if you trust everyone on that network"
+        )
+    socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        if error.errno == zmq.EADDRINUSE:
+            raise TransportError(
+                f"cannot bind {endpoint}: the address is already in use. Another esync may be running "
+                "there: stop it, or choose another port (tcp://HOST:* picks a free one)"
+            ) from error
+        raise TransportError(f"cannot bind {endpoint}: {zmq.strerror(error.errno or 0)}") from error
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+
+def reachable(bound: str, seen_from: str) -> str:
+    """The endpoint others should connect to, for a socket bound to `bound`.
+
+    A wildcard host becomes the address from which this machine reaches `seen_from` (the state server).
+    """
+    if not bound.startswith("tcp://"):
+        return bound
+    host, _, port = bound.removeprefix("tcp://").rpartition(":")
+    if host.strip("[]") not in ("0.0.0.0", "*", "::"):
+        return bound
+    if not seen_from.startswith("tcp://"):
+        return f"tcp://127.0.0.1:{port}"
+    target = host_of(seen_from)
+    family = _socket.AF_INET6 if ":" in target else _socket.AF_INET
+    with _socket.socket(family, _socket.SOCK_DGRAM) as probe:  # a UDP connect sends nothing
+        try:
+            probe.connect((target, 9))
+            own = str(probe.getsockname()[0])
+        except OSError as error:
+            raise TransportError(f"cannot find a route to {seen_from}: {error}") from error
+    return f"tcp://[{own}]:{port}" if ":" in own else f"tcp://{own}:{port}"
+
+
+def _socket_of(context: zmq.Context[Any], kind: int, max_bytes: int) -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = context.socket(kind)
+    socket.linger = LINGER_MS
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+    return socket
+
+
+def router(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
+    """The state server's socket: unroutable answers are errors, and an id that connects again takes over."""
+    socket = _socket_of(context, zmq.ROUTER, MAX_CONTROL_BYTES)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    _heartbeats(socket)
+    return socket
+
+
+def dealer(context: zmq.Context[Any], identity: str, endpoint: str) -> zmq.Socket[bytes]:
+    """A connected control socket whose identity is the worker's id."""
+    socket = _socket_of(context, zmq.DEALER, MAX_CONTROL_BYTES)
+    socket.setsockopt(zmq.ROUTING_ID, identity.encode())
+    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+    _heartbeats(socket)
+    return _connect(socket, endpoint)
+
+
+def _connect(socket: zmq.Socket[bytes], endpoint: str) -> zmq.Socket[bytes]:
+    try:
+        check_endpoint(endpoint)
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise TransportError(f"cannot connect to {endpoint}: {error}") from error
+    except BaseException:
+        socket.close(0)
+        raise
+    return socket
+
+
+def _heartbeats(socket: zmq.Socket[bytes]) -> None:
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
+
+
+def pull(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
+    """Where updates arrive. The high-water mark counts chunks, and so bounds memory."""
+    socket = _socket_of(context, zmq.PULL, MAX_CHUNK_BYTES)
+    socket.setsockopt(zmq.RCVHWM, 64)
+    return socket
+
+
+def push(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[bytes]:
+    """Where a worker's updates leave."""
+    socket = _socket_of(context, zmq.PUSH, MAX_CHUNK_BYTES)
+    socket.setsockopt(zmq.SNDHWM, 64)
+    return _connect(socket, endpoint)
+
+
+def xpub(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
+    """Where models leave; every subscription and unsubscription is seen by the parameter server."""
+    socket = _socket_of(context, zmq.XPUB, MAX_CONTROL_BYTES)
+    socket.setsockopt(zmq.XPUB_VERBOSER, 1)
+    socket.setsockopt(zmq.SNDHWM, 10_000)
+    return socket
+
+
+def sub(context: zmq.Context[Any], endpoint: str, topics: list[bytes]) -> zmq.Socket[bytes]:
+    """Where a worker's models arrive. The last topic is the one whose arrival the server answers."""
+    socket = _socket_of(context, zmq.SUB, MAX_CHUNK_BYTES)
+    socket.setsockopt(zmq.RCVHWM, 10_000)
+    for topic in topics:
+        socket.subscribe(topic)
+    return _connect(socket, endpoint)
+
+
+def hostname() -> str:
+    """This machine's name, for people to read."""
+    return _socket.gethostname().partition(".")[0] or f"pid{os.getpid()}"
+
+
+def no_state_server(endpoint: str, waited_s: float) -> str:
+    """What to tell a user whose state server does not answer."""
+    return (
+        f"no state server answered at {endpoint} within {waited_s:g} s. Is esync-state running there, and "
+        "is the address right? (--wait SECONDS waits longer)"
+    )

@@ -1,0 +1,99 @@
+"""`esync-worker`: a worker, or an evaluator, on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from esync import cli, config
+from esync.config import WorkerConfig
+from esync.errors import ConfigError
+from esync.journal import Journal
+
+
+@click.command(cls=cli.Command, context_settings={"max_content_width": 100})
+@cli.options_of(WorkerConfig, skip=("count", "host"))
+@click.option("--rank", type=int, help="The rank asked for.  [default: given on joining]")
+@click.option("--evaluate", is_flag=True, help="Do not train: evaluate each new model on the test set.")
+@cli.join_options
+@cli.run_options
+def main(
+    file: str | None,
+    run_dir: str | None,
+    verbose: bool,
+    connect: str | None,
+    wait: float,
+    rank: int | None,
+    evaluate: bool,
+    **values: Any,
+) -> None:
+    """Train with the others, at this machine's own speed.
+
+    Needs the state server's address; everything else (model, data set, learning rate, the parameter server) it
+    learns from there. With --config and --name, device and emulated speed are those of that worker in the file.
+    """
+    cli.start_logging(verbose)
+    raw = cli.tables(file)
+    options = cli.given(values, WorkerConfig)
+    row = _row_of(raw, options.get("name", "")) if raw and not evaluate else {}
+    settings = config.build(WorkerConfig, {**row, **options}, "workers")
+    directory = cli.make_directory(run_dir)
+    endpoint = cli.state_endpoint(connect, raw)
+    cli.interrupt_on_sigterm()
+
+    from esync.worker import loop  # JAX takes a second to import: not for --help
+    from esync.worker.client import Worker
+    from esync.worker.step import device_for
+
+    if not evaluate:
+        device_for(settings.device)
+    role = "evaluator" if evaluate else "worker"
+    name = settings.name or ("evaluator" if evaluate else "")
+    with Worker(
+        endpoint, name=name, rank=rank, device=_label(settings), role=role, wait_s=wait, say=cli.say
+    ) as worker:
+        journal = Journal(_log(directory, worker.name), worker.name)
+        cli.say(f"{role} {worker.name} joined {endpoint} with rank {worker.rank}")
+        try:
+            if evaluate:
+                loop.evaluate(worker, journal, cli.say)
+            else:
+                loop.train(worker, settings, journal, cli.say)
+        finally:
+            journal.write("end", totals=worker.totals.to_wire())
+            journal.close()
+
+
+def _row_of(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    """The settings of the worker of that name in a cluster file."""
+    rows = config.cluster(raw).each_worker()
+    for row in rows:
+        if row.name == name:
+            return {
+                key: getattr(row, key) for key in ("name", "device", "step_time_s", "slowdown")
+            }
+    if not name:
+        return {}
+    raise ConfigError(
+        f"the file has no worker named {name!r}; it has {', '.join(row.name for row in rows)}"
+    )
+
+
+def _label(settings: WorkerConfig) -> str:
+    """The device as people see it in tables."""
+    if settings.step_time_s:
+        return f"{settings.device} ({settings.step_time_s:g} s/step)"
+    if settings.slowdown > 1:
+        return f"{settings.device} (/{settings.slowdown:g})"
+    return settings.device
+
+
+def _log(directory: Path | None, name: str) -> Path | None:
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    return directory / f"{safe}.jsonl" if directory else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,489 @@
+"""`esync.Worker`: the few calls by which any training loop takes part in a run.
+
+    with esync.Worker("tcp://head:10010") as worker:
+        params = worker.start(params)
+        for batch in worker.batches(dataset):
+            params, opt_state, loss = train_step(params, opt_state, batch)
+            params = worker.step(params, loss=loss)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+import zmq
+
+from esync import transport
+from esync.algorithms import algorithm
+from esync.config import RunConfig, build
+from esync.data import partition
+from esync.errors import EsyncError, ModelError
+from esync.messages import Fetch, Join, Report
+from esync.worker.assembly import Assembly
+from esync.worker.link import RETRY_S, Link, Push
+from esync.worker.pytree import Packer, Tree, is_batch_norm
+from esync.worker.session import Action, Session, Totals
+
+GOODBYE_S = 5.0
+"""How long the end of a run waits for its final model."""
+
+
+class Worker:
+    """Takes part in a run.
+
+    Args:
+        state: the state server's endpoint; everything else comes from there.
+        name: this worker's id, unique in the run; a worker that comes back under its id keeps its rank.
+        rank: the rank asked for; given if it is free.
+        wait_s: how long to wait for the state server's first answer.
+        say: called with lines for the user, such as what is being waited for.
+
+    Raises:
+        TransportError: no state server answered in time.
+        ProtocolError: the state server refused; the text says why.
+    """
+
+    def __init__(
+        self,
+        state: str = transport.DEFAULT_STATE,
+        *,
+        name: str = "",
+        rank: int | None = None,
+        device: str = "",
+        role: str = "worker",
+        wait_s: float = 60.0,
+        context: zmq.Context[Any] | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.name = name or f"{transport.hostname()}-{os.getpid()}"
+        join = Join(
+            self.name, role, rank=rank, host=transport.hostname(), device=device or _device_name()
+        )
+        self._link = Link(
+            state, join, wait_s=wait_s, context=context or zmq.Context.instance(), say=say
+        )
+        self._shared = self._link.shared
+        self._changed = self._link.shared.changed
+        self._packer: Packer | None = None
+        self._base: Any = None
+        self._resumed = 0.0
+        self._split_digest = ""
+        self._on_round: Callable[[dict[str, Any]], None] = lambda row: None
+        self._marks = Totals()
+        self._link.start()
+        try:
+            with self._changed:
+                self._wait(lambda: self._shared.welcome is not None)
+            welcome = self._shared.welcome
+            assert welcome is not None
+            self.rank = welcome.rank
+            self.shares = welcome.shares
+            self.config = build(RunConfig, welcome.config, "run")
+        except BaseException:
+            self._link.close("failed to join")
+            raise
+
+    # Life
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        reason = "done" if error is None else f"{type(error).__name__}: {error}"[:500]
+        self.close("interrupted" if kind is KeyboardInterrupt else reason)
+
+    def close(self, reason: str = "done") -> None:
+        """Leave the run; the others do not wait for this worker any more."""
+        session = self._shared.session
+        if session is not None:
+            self._link.inbox.put(
+                Report(
+                    self.name,
+                    session.round,
+                    session.step,
+                    "leaving",
+                    totals=self._wire_totals(session),
+                )
+            )
+        self._link.close(reason)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run is over."""
+        session = self._shared.session
+        return session is not None and session.final is not None
+
+    @property
+    def round(self) -> int:
+        """The version of the model that is being trained."""
+        session = self._shared.session
+        return -1 if session is None else session.round
+
+    @property
+    def totals(self) -> Totals:
+        """What this worker did and how long it took."""
+        session = self._shared.session
+        return Totals() if session is None else session.totals
+
+    def on_round(self, callback: Callable[[dict[str, Any]], None]) -> None:
+        """Have `callback` called with a row of figures after each of this worker's rounds."""
+        self._on_round = callback
+
+    # Training
+
+    def start(
+        self,
+        params: Tree,
+        stats: Tree = None,
+        *,
+        as_value: Callable[[str], bool] = is_batch_norm,
+    ) -> Any:
+        """Take up the cluster's model; returns when the run starts.
+
+        Args:
+            params: any pytree of floating-point arrays. The worker of rank 0 brings the initial model,
+                unless the parameter server has one.
+            stats: a pytree that is averaged as values (BatchNorm statistics), if there is one.
+            as_value: which paths of `params` are averaged as values too.
+
+        Returns:
+            params, or (params, stats) if stats were given.
+
+        Raises:
+            ProtocolError: this model is not the run's.
+        """
+        self._prepare(params, stats, as_value)
+        session = Session(self.name, nonblocking=self.config.nonblocking)
+        assert self._packer is not None
+        with self._changed:
+            self._shared.session = session
+        params, stats = self._next_model(params, stats, session)
+        while self._decide(None) is Action.WAIT:
+            pass
+        self._resumed = time.perf_counter()
+        return params if stats is None else (params, stats)
+
+    def _prepare(self, params: Tree, stats: Tree, as_value: Callable[[str], bool]) -> None:
+        """Register the model's layout."""
+        if self._packer is not None:
+            raise EsyncError("start was called twice; a worker starts once")
+        self._packer = Packer(params, stats, as_value)
+        initial = self._packer.pack(params, stats)
+        if not np.isfinite(initial).all():
+            raise ModelError("the initial model holds NaN or infinity")
+        with self._changed:
+            self._shared.assembly = Assembly(self._packer.layout)
+            self._shared.initial = initial
+            self._shared.phase = "waiting"
+        self._link.inbox.put(self._packer.layout)
+        with self._changed:
+            self._wait(lambda: self._shared.accepted)
+
+    def step(
+        self,
+        params: Tree,
+        stats: Tree = None,
+        *,
+        loss: Any = None,
+        samples: int | None = None,
+    ) -> Any:
+        """Tell that one local step is done; trains on, or synchronises when it is time.
+
+        Args:
+            params, stats: the trees after the step, as in `start`.
+            loss: the step's training loss, to be shown to people.
+            samples: samples in the step (default: the run's batch size).
+
+        Returns:
+            The model to go on from: the same, or the new global one; with stats, the pair.
+
+        Raises:
+            ProtocolError: the run refused this worker, for one because its update held NaN.
+        """
+        shared = self._shared
+        session = shared.session
+        if session is None or self._packer is None:
+            raise EsyncError("call start before step")
+        jax.block_until_ready(params)
+        with self._changed:
+            session.finished(
+                time.perf_counter() - self._resumed,
+                self.config.batch_size if samples is None else samples,
+            )
+        action = self._decide(loss)
+        if action is Action.SYNC:
+            params, stats = self._synchronise(params, stats, loss, session)
+        elif action is Action.STOP:
+            params, stats = self._final_model(params, stats, session)
+        self._resumed = time.perf_counter()
+        return params if stats is None else (params, stats)
+
+    def _decide(self, loss: Any) -> Action:
+        """Ask when it is time, wait if the answer is needed now."""
+        shared, session, assembly = self._shared, self._shared.session, self._shared.assembly
+        assert session is not None
+        assert assembly is not None
+        began = None
+        asked_at = 0.0
+        with self._changed:
+            while True:
+                if shared.error is not None:
+                    raise shared.error
+                if session.wants_query():
+                    self._link.inbox.put(session.query(None if loss is None else float(loss)))
+                    asked_at = time.monotonic()
+                action = session.action()
+                if session.step and assembly.version > session.round and action is not Action.STOP:
+                    action = Action.SYNC  # the round ended without us: take up the new model
+                if action is not Action.WAIT:
+                    break
+                if began is None:
+                    began = time.perf_counter()
+                shared.phase = "query"
+                self._changed.wait(RETRY_S / 2)
+                if asked_at and time.monotonic() - asked_at > RETRY_S:
+                    session.ask_again()
+            shared.phase = "train"
+        if began is not None and session.step:
+            session.totals.query_s += time.perf_counter() - began
+        return action
+
+    def _synchronise(
+        self, params: Tree, stats: Tree, loss: Any, session: Session
+    ) -> tuple[Tree, Tree]:
+        """Push the update of this round, unless the round is over, and take up the next model."""
+        began = time.perf_counter()
+        assert self._packer is not None
+        assert self._shared.assembly is not None
+        round, steps = session.round, session.step
+        with self._changed:
+            late = self._shared.assembly.version > round
+            report = session.synchronising(None if loss is None else float(loss))
+            report.totals = self._wire_totals(session)
+            self._shared.phase = "sync"
+        if not late:
+            self._link.inbox.put(report)
+            update = self._packer.pack(params, stats, self._base)
+            self._link.inbox.put(Push(update, round, steps, session.samples))
+        params, stats = self._next_model(params, stats, session)
+        session.totals.sync_s += time.perf_counter() - began
+        self._row(round, steps, session, report.loss, late)
+        return params, stats
+
+    def _next_model(self, params: Tree, stats: Tree, session: Session) -> tuple[Tree, Tree]:
+        """Wait for a model newer than this round's, and begin its round."""
+        shared, assembly = self._shared, self._shared.assembly
+        assert assembly is not None
+        assert self._packer is not None
+        with self._changed:
+            shared.awaiting = session.round
+            self._wait(lambda: assembly.version > session.round or session.final is not None)
+            shared.awaiting = None
+            version, flat = assembly.version, assembly.flat
+        if version <= session.round or flat is None:
+            return self._final_model(params, stats, session)
+        params, new_stats, self._base = self._packer.unpack(flat)
+        with self._changed:
+            session.begin(version)
+            shared.phase = "train"
+            if session.wants_query():
+                self._link.inbox.put(session.query())
+        return params, None if stats is None else new_stats
+
+    def _final_model(self, params: Tree, stats: Tree, session: Session) -> tuple[Tree, Tree]:
+        """The model with which the run ended, if it arrives soon; else the last one that did."""
+        assembly = self._shared.assembly
+        assert assembly is not None
+        assert self._packer is not None
+        final = session.final if session.final is not None else -1
+        deadline = time.monotonic() + GOODBYE_S
+        with self._changed:
+            self._shared.awaiting = final - 1 if self._barrier() else None
+            while self._barrier() and assembly.version < final and time.monotonic() < deadline:
+                self._changed.wait(0.2)
+            self._shared.awaiting = None
+            flat = assembly.flat
+        if flat is None:
+            return params, stats
+        params, new_stats, self._base = self._packer.unpack(flat)
+        return params, None if stats is None else new_stats
+
+    def _barrier(self) -> bool:
+        """Whether versions are everybody's: without a barrier a worker does not wait for others' versions."""
+        return algorithm(self.config.mode).barrier
+
+    def _wire_totals(self, session: Session) -> dict[str, Any]:
+        totals = session.totals.to_wire()
+        if self._split_digest:
+            totals["split_digest"] = self._split_digest
+        return totals
+
+    def _row(
+        self, round: int, steps: int, session: Session, loss: float | None, late: bool
+    ) -> None:
+        totals, marks = session.totals, self._marks
+        self._on_round(
+            {
+                "round": round,
+                "steps": steps,
+                "samples": totals.samples - marks.samples,
+                "compute_s": round_s(totals.compute_s - marks.compute_s),
+                "query_s": round_s(totals.query_s - marks.query_s),
+                "sync_s": round_s(totals.sync_s - marks.sync_s),
+                "loss": loss,
+                "late": late,
+            }
+        )
+        self._marks = Totals(**totals.to_wire())
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        """Wait under the lock; in slices, so that Ctrl-C is heard."""
+        while not condition():
+            if self._shared.error is not None:
+                raise self._shared.error
+            self._changed.wait(0.5)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, but no longer than until the run is over: what emulates a slow machine."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while not self.stopped and self._shared.error is None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return
+                self._changed.wait(min(left, 0.5))
+
+    # Evaluating
+
+    def watch(
+        self,
+        params: Tree,
+        stats: Tree = None,
+        *,
+        as_value: Callable[[str], bool] = is_batch_norm,
+    ) -> Iterator[tuple[int, Tree, Tree]]:
+        """For an evaluator: (version, params, stats) of the newest model, again and again until the final one.
+
+        Models that were published while the caller was busy are passed over; between two of them at least
+        the run's `evaluate_every_s` go by (0: only the final one). Nobody waits for this.
+        """
+        self._prepare(params, stats, as_value)
+        assert self._packer is not None
+        assembly, session = self._shared.assembly, Session(self.name, nonblocking=True)
+        assert assembly is not None
+        with self._changed:
+            self._shared.session = session
+        every = self.config.evaluate_every_s
+        if every == 0:
+            with self._changed:
+                self._wait(lambda: session.final is not None)
+        while True:
+            began = time.monotonic()
+            flat = self._newer_model(assembly, session)
+            if flat is None:
+                return
+            params, stats, _ = self._packer.unpack(flat)
+            yield session.round, params, stats
+            self.pause(began + every - time.monotonic())
+
+    def _newer_model(self, assembly: Assembly, session: Session) -> Any:
+        """A version that was not seen yet, or None once the final one was (or does not come)."""
+        asked_at, ended_at = 0.0, None
+        with self._changed:
+            while assembly.version <= session.round:
+                if self._shared.error is not None:
+                    raise self._shared.error
+                now = time.monotonic()
+                if session.final is not None:
+                    ended_at = ended_at or now
+                    if session.round >= session.final or now - ended_at > GOODBYE_S:
+                        return None
+                if now - asked_at > RETRY_S / 2:
+                    asked_at = now
+                    self._link.inbox.put(Fetch(self.name, session.round))
+                self._changed.wait(RETRY_S / 4)
+            session.round = assembly.version
+            return assembly.flat
+
+    def report_accuracy(
+        self, version: int, accuracy: float, loss: float | None, seconds: float
+    ) -> None:
+        """For an evaluator: what a version's test accuracy and loss are, and how long finding out took."""
+        session = self._shared.session
+        assert session is not None
+        session.totals.eval_s += seconds
+        self._link.inbox.put(
+            Report(
+                self.name,
+                version,
+                0,
+                "eval",
+                loss=loss if loss is not None and np.isfinite(loss) else None,
+                accuracy=accuracy,
+                totals=session.totals.to_wire(),
+            )
+        )
+
+    # Data
+
+    def indices(self, labels: Any, batch_size: int | None = None) -> Iterator[Any]:
+        """Index arrays of this worker's batches, epoch after epoch, until the run is over.
+
+        Args:
+            labels: one per sample; only the split `by-class` looks at their values.
+            batch_size: default: the run's. shape of each array=(batch_size,), dtype int32
+        """
+        size = batch_size or self.config.batch_size
+        parts = partition.split(
+            np.asarray(labels), self.shares, self.config.split, self.config.seed
+        )
+        self._split_digest = partition.digest(parts)
+        own = parts[self.rank % self.shares]
+        random = np.random.default_rng([self.config.seed, self.rank])
+        if len(own) < size:
+            raise ModelError(
+                f"a batch has {size} samples, this worker's share only {len(own)}; lower batch_size"
+            )
+        while True:
+            shuffled = random.permutation(own)
+            for at in range(0, len(shuffled) - size + 1, size):
+                if self.stopped:
+                    return
+                yield shuffled[at : at + size]
+
+    def batches(
+        self, dataset: Any, batch_size: int | None = None, labels: Any = None
+    ) -> Iterator[Any]:
+        """This worker's batches of a pytree of arrays whose first axis counts samples, until the run is over.
+
+        Args:
+            dataset: for example `(images, labels)`.
+            labels: for the split `by-class` (default: the last array of the tree).
+        """
+        arrays = jax.tree_util.tree_leaves(dataset)
+        counts = {len(array) for array in arrays}
+        if len(counts) != 1:
+            raise ModelError(f"the arrays of a data set have one length, these have {sorted(counts)}")
+        for index in self.indices(arrays[-1] if labels is None else labels, batch_size):
+            yield jax.tree_util.tree_map(lambda array: array[index], dataset)  # noqa: B023
+
+
+def round_s(seconds: float) -> float:
+    """Microseconds are enough for people."""
+    return round(seconds, 6)
+
+
+def _device_name() -> str:
+    device = jax.devices()[0]
+    return str(device.platform if device.platform == "cpu" else device.device_kind)

@@ -1,0 +1,358 @@
+"""A worker's input and output, in a thread beside its training: heartbeats and answers never wait for a step.
+
+The training thread and this one share a `Session` and a few flags under one lock; the training thread waits on
+`changed`. Everything to be sent goes through a mailbox.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from esync import messages, transport
+from esync.errors import EsyncError, ProtocolError, TransportError
+from esync.mailbox import Mailbox
+from esync.messages import (
+    Error,
+    Fetch,
+    Join,
+    Leave,
+    Message,
+    MessageError,
+    Model,
+    Report,
+    Response,
+    Status,
+    Update,
+    Want,
+    Welcome,
+)
+from esync.tensors import Layout
+from esync.worker.assembly import Assembly, Vector
+from esync.worker.session import Session
+
+log = logging.getLogger("esync.worker")
+INITIAL = -1
+POLL_MS = 250
+RETRY_S = 1.0
+"""After so long without progress what was asked for is asked for again."""
+
+
+@dataclass(slots=True)
+class Push:
+    """To this thread: send these chunks of an update (all of them if `chunks` is None)."""
+
+    flat: Vector
+    round: int
+    steps: int
+    samples: int
+    chunks: list[int] | None = None
+
+
+@dataclass(slots=True)
+class Shared:
+    """What both threads see, under `changed`'s lock."""
+
+    welcome: Welcome | None = None
+    session: Session | None = None
+    assembly: Assembly | None = None
+    error: EsyncError | None = None
+    phase: str = "loading"
+    awaiting: int | None = None  # the training thread waits for a model newer than this
+    initial: Vector | None = None
+    accepted: bool = False  # the layout was accepted
+    update: Push | None = None
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+
+class Link(threading.Thread):
+    """One worker's connections.
+
+    Args:
+        state: the state server's endpoint.
+        join: what to register as; sent again whenever the state server does not know us.
+        wait_s: how long to wait for the state server's first answer.
+        say: tells the user what is being waited for.
+    """
+
+    def __init__(
+        self,
+        state: str,
+        join: Join,
+        *,
+        wait_s: float,
+        context: zmq.Context[Any],
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(name="esync-link", daemon=True)
+        transport.check_endpoint(state)
+        self.shared = Shared()
+        self.inbox: Mailbox[Message | Push | Layout | None] = Mailbox()
+        self._state, self._join, self._wait_s = state, join, wait_s
+        self._context, self._say = context, say
+        self._control = transport.dealer(context, join.worker, state)
+        self._push: zmq.Socket[bytes] | None = None
+        self._sub: zmq.Socket[bytes] | None = None
+        self._outgoing: deque[list[Any]] = deque()
+        self._poller = zmq.Poller()
+        self._last_said = ""
+        self._joined_at = 0.0
+        self._progress_at = 0.0
+        self._beat_at = 0.0
+
+    def run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            log.exception("the worker's link failed")
+            self._fail(EsyncError(f"the worker's input/output failed: {error}"))
+        finally:
+            self._control.close()
+            for socket in (self._push, self._sub):
+                if socket is not None:
+                    socket.close()
+            self.inbox.close()
+
+    def _serve(self) -> None:
+        poller = self._poller
+        poller.register(self.inbox.fileno(), zmq.POLLIN)
+        poller.register(self._control, zmq.POLLIN)
+        began = time.monotonic()
+        self._send_join()
+        while True:
+            ready = dict(poller.poll(POLL_MS))
+            if self.inbox.fileno() in ready:
+                for item in self.inbox.take():
+                    if item is None:
+                        return
+                    self._outbound(item)
+            if self._control in ready:
+                self._drain(self._control, self._on_control)
+            if self._sub is not None and self._sub in ready:
+                self._drain(self._sub, self._on_data)
+            if self._outgoing:
+                self._flush()
+            self._on_time(time.monotonic(), began)
+
+    # To the servers
+
+    def _outbound(self, item: Message | Push | Layout) -> None:
+        if isinstance(item, Push):
+            with self.shared.changed:
+                self.shared.update = item
+            self._progress_at = time.monotonic()
+            self._queue_update(item)
+        elif isinstance(item, Layout):
+            self._join.layout = item.to_wire()
+            self._send_join()
+        elif isinstance(item, Fetch):
+            if self._push is not None:
+                self._outgoing.append([messages.encode(item)])
+                self._flush()
+        else:
+            self._send(item)
+
+    def _send(self, message: Message) -> None:
+        try:
+            self._control.send(messages.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            log.warning("the state server takes no messages: a %s was dropped", message.TYPE)
+
+    def _send_join(self) -> None:
+        self._joined_at = time.monotonic()
+        self._send(self._join)
+
+    def _queue_update(self, item: Push) -> None:
+        assembly = self.shared.assembly
+        assert assembly is not None
+        layout = assembly.layout
+        data = memoryview(item.flat).cast("B")
+        for i in range(len(layout.chunks)) if item.chunks is None else item.chunks:
+            chunk = layout.chunks[i]
+            header = Update(
+                self._join.worker,
+                item.round,
+                i,
+                layout.digest,
+                item.steps,
+                item.samples,
+                incarnation=assembly.incarnation,
+            )
+            frames = [messages.encode(header), data[chunk.start * 4 : chunk.stop * 4]]
+            self._outgoing.append(frames)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send what the data socket takes; it says when it takes more."""
+        push = self._push
+        assert push is not None
+        while self._outgoing:
+            try:
+                push.send_multipart(self._outgoing[0], zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                self._poller.register(push, zmq.POLLOUT)
+                return
+            self._outgoing.popleft()
+        self._poller.register(push, 0)
+
+    # From the servers
+
+    def _drain(self, socket: zmq.Socket[bytes], handle: Callable[[list[zmq.Frame]], None]) -> None:
+        for _ in range(64):
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                handle(frames)
+            except MessageError as error:
+                log.warning("a server sent something unusable: %s: %s", error.code, error.text)
+
+    def _on_control(self, frames: list[zmq.Frame]) -> None:
+        message = messages.decode(frames[0].buffer)
+        shared = self.shared
+        if isinstance(message, Response):
+            with shared.changed:
+                if shared.session is not None:
+                    shared.session.on_response(message)
+                shared.changed.notify_all()
+        elif isinstance(message, Welcome):
+            self._on_welcome(message)
+        elif isinstance(message, Status):
+            if message.waiting_for:
+                self._tell(f"waiting for {message.waiting_for}")
+        elif isinstance(message, Error):
+            self._on_error(message)
+
+    def _on_welcome(self, message: Welcome) -> None:
+        shared = self.shared
+        with shared.changed:
+            shared.welcome = message
+            if self._join.layout is not None:
+                shared.accepted = True
+                if shared.session is not None:
+                    shared.session.ask_again()
+            shared.changed.notify_all()
+        self._last_said = ""
+        if self._join.layout is not None and self._sub is None:
+            self._connect_data(message)
+
+    def _connect_data(self, message: Welcome) -> None:
+        push, model = message.endpoints.get("push"), message.endpoints.get("model")
+        if not isinstance(push, str) or not isinstance(model, str):
+            raise MessageError("bad-field", "welcome.endpoints need push and model")
+        self._push = transport.push(self._context, push)
+        own = f"w/{self._join.worker}/".encode()
+        topics = [own] if self._join.role == "evaluator" else [b"model", own]
+        self._sub = transport.sub(self._context, model, topics)
+        self._poller.register(self._sub, zmq.POLLIN)
+        self._progress_at = time.monotonic()
+
+    def _on_error(self, message: Error) -> None:
+        if message.code == "unknown-worker":
+            log.info("the state server does not know us (any more): joining again")
+            if time.monotonic() - self._joined_at > RETRY_S:
+                self._send_join()
+            return
+        self._fail(ProtocolError(message.code, message.text))
+
+    def _on_data(self, frames: list[zmq.Frame]) -> None:
+        if len(frames) < 2:
+            raise MessageError("bad-frames", "a model message has a topic and a header")
+        message = messages.decode(frames[1].buffer)
+        shared = self.shared
+        if isinstance(message, Model):
+            if len(frames) != 3:
+                raise MessageError("bad-frames", "a model message has one payload")
+            assert shared.assembly is not None
+            self._progress_at = time.monotonic()
+            with shared.changed:
+                if shared.assembly.add(message, frames[2].buffer):
+                    shared.changed.notify_all()
+        elif isinstance(message, Want):
+            self._on_want(message)
+        elif isinstance(message, Error):
+            self._on_error(message)
+
+    def _on_want(self, message: Want) -> None:
+        """The parameter server lacks something of ours."""
+        shared = self.shared
+        with shared.changed:
+            assert shared.assembly is not None
+            welcome, update, initial = shared.welcome, shared.update, shared.initial
+            count = len(shared.assembly.layout.chunks)
+            shared.assembly.served_by(message.incarnation)
+        chunks = [i for i in message.chunks if type(i) is int and 0 <= i < count]
+        if message.round == INITIAL:
+            mine = welcome is not None and welcome.rank == 0
+            if initial is not None and (chunks or mine):
+                self._queue_update(Push(initial, INITIAL, 0, 0, chunks or None))
+        elif update is not None and update.round == message.round:
+            self._queue_update(Push(update.flat, update.round, update.steps, update.samples, chunks))
+
+    # As time goes by
+
+    def _on_time(self, now: float, began: float) -> None:
+        shared = self.shared
+        if shared.welcome is None:
+            if now - began > 2.0:
+                self._tell(f"waiting for the state server at {self._state}")
+            if now - began > self._wait_s and not self._last_said.startswith("waiting for the p"):
+                self._fail(TransportError(transport.no_state_server(self._state, self._wait_s)))
+        if not shared.accepted and now - self._joined_at > RETRY_S:
+            self._send_join()
+        if shared.welcome is not None and now >= self._beat_at:
+            self._beat_at = now + min(2.0, shared.welcome.heartbeat_s / 4)
+            self._beat()
+        if shared.awaiting is not None and now - self._progress_at > RETRY_S:
+            self._progress_at = now
+            self.fetch()
+
+    def _beat(self) -> None:
+        with self.shared.changed:
+            session, phase = self.shared.session, self.shared.phase
+            if session is None:
+                report = Report(self._join.worker, -1, 0, phase)
+            else:
+                totals = session.totals.to_wire()
+                report = Report(
+                    self._join.worker, session.round, session.step, phase, totals=totals
+                )
+        self._send(report)
+
+    def fetch(self) -> None:
+        """Ask the parameter server for whatever the training thread waits for."""
+        shared = self.shared
+        with shared.changed:
+            if shared.assembly is None or shared.awaiting is None:
+                return
+            version, missing = shared.assembly.missing()
+            update = shared.update
+            pushed = update.round if update and update.round == shared.awaiting else -1
+            message = Fetch(self._join.worker, shared.awaiting, pushed, version, missing)
+        self._outbound(message)
+
+    def _tell(self, text: str) -> None:
+        if text != self._last_said:
+            self._last_said = text
+            self._say(text)
+
+    def _fail(self, error: EsyncError) -> None:
+        with self.shared.changed:
+            if self.shared.error is None:
+                self.shared.error = error
+            self.shared.changed.notify_all()
+
+    def close(self, reason: str) -> None:
+        """Say goodbye and end the thread."""
+        if self.is_alive():
+            self.inbox.put(Leave(self._join.worker, reason))
+            self.inbox.put(None)
+            self.join(timeout=5)

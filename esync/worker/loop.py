@@ -1,0 +1,93 @@
+"""What `esync-worker` does: an image classifier trained through `esync.Worker`, like any other loop."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from esync import data
+from esync.config import WorkerConfig
+from esync.journal import Journal
+from esync.worker.client import Worker
+from esync.worker.step import classifier, device_for, on_device, test_accuracy
+
+
+def train(
+    worker: Worker, config: WorkerConfig, journal: Journal, say: Callable[[str], None]
+) -> None:
+    """Train until the run is over.
+
+    Raises:
+        DataError, ModelError, DeviceError: the run's data, model or device cannot be had here.
+    """
+    run = worker.config
+    device = device_for(config.device)
+    with jax.default_device(device):
+        dataset = data.load(run.dataset, run.data_dir or None, say=say)
+        model = classifier(run, dataset)
+        images, labels = on_device(dataset.train_images, dataset.train_labels, device)
+        batches = worker.indices(dataset.train_labels)
+        key = jax.random.fold_in(jax.random.key(run.seed), worker.rank)
+        opt_state = model.init_optimizer(model.params)
+        pace = Pace(config)
+
+        say(f"compiling {run.model} for {run.dataset} ({dataset.source})")
+        index = next(batches)
+        warm = model.step(model.params, model.stats, opt_state, images, labels, index, key, 0)
+        jax.block_until_ready(warm)
+
+        worker.on_round(lambda row: journal.write("round", **row))
+        params, stats = worker.start(model.params, model.stats)
+        journal.write("start", rank=worker.rank, device=str(device))
+        while not worker.stopped:
+            pace.begin()
+            params, stats, opt_state, loss = model.step(
+                params, stats, opt_state, images, labels, index, key, worker.totals.steps
+            )
+            jax.block_until_ready(params)
+            pace.stretch(worker)
+            params, stats = worker.step(params, stats, loss=loss)
+            index = next(batches, index)
+
+
+def evaluate(worker: Worker, journal: Journal, say: Callable[[str], None]) -> None:
+    """Evaluate the newest model on the test set, again and again; the training never waits for it."""
+    try:
+        os.nice(10)  # on a shared machine the training comes first
+    except OSError:
+        pass
+    run = worker.config
+    dataset = data.load(run.dataset, run.data_dir or None, say=say)
+    model = classifier(run, dataset)
+    test = on_device(dataset.test_images, dataset.test_labels, jax.devices()[0])
+    test_accuracy(model, model.params, model.stats, test)
+    for version, params, stats in worker.watch(model.params, model.stats):
+        began = time.perf_counter()
+        accuracy, loss = test_accuracy(model, params, stats, test)
+        seconds = time.perf_counter() - began
+        worker.report_accuracy(version, accuracy, loss, seconds)
+        journal.write("accuracy", round=version, accuracy=accuracy, loss=loss, eval_s=seconds)
+
+
+class Pace:
+    """Makes this machine look slower than it is, by sleeping: `--step-time` and `--slowdown`."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._step_time_s = config.step_time_s
+        self._slowdown = config.slowdown
+        self._began = 0.0
+
+    def begin(self) -> None:
+        """A local step begins."""
+        self._began = time.perf_counter()
+
+    def stretch(self, worker: Any) -> None:
+        """Sleep for what is missing to the emulated duration, or until the run is over."""
+        spent = time.perf_counter() - self._began
+        wanted = max(self._step_time_s, spent * self._slowdown)
+        if wanted > spent:
+            worker.pause(wanted - spent)

@@ -1,0 +1,146 @@
+"""A worker's side of the pacing protocol as a state machine: rounds, steps, leases. No socket, no task, no clock.
+
+    begin(version) -> [query] -> TRAIN ... finished() -> [query] -> TRAIN | WAIT | SYNC | STOP
+
+A worker may finish `allowed` local steps of its round. Before it has used them up it asks again: while the last
+one runs (`nonblocking`), or after it, waiting for the answer.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from esync.messages import Query, Report, Response
+
+
+class Action(enum.Enum):
+    """What the worker does next."""
+
+    TRAIN = "train"
+    WAIT = "query"
+    SYNC = "sync"
+    STOP = "stop"
+
+
+@dataclass(slots=True)
+class Totals:
+    """A worker's running totals: local steps, samples, and seconds by what they were spent on."""
+
+    steps: int = 0
+    samples: int = 0
+    compute_s: float = 0.0
+    query_s: float = 0.0
+    sync_s: float = 0.0
+    eval_s: float = 0.0
+
+    def to_wire(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Session:
+    """Where a worker stands in its round.
+
+    Attributes:
+        round: the version of the model it trains from (-1: none yet).
+        step: finished local steps of this round.
+        final: the version with which the run ended; None while it goes on.
+    """
+
+    def __init__(self, worker: str, *, nonblocking: bool) -> None:
+        self.worker = worker
+        self.round = -1
+        self.step = 0
+        self.samples = 0
+        self.final: int | None = None
+        self.totals = Totals()
+        self._ahead = 1 if nonblocking else 0
+        self._allowed = 0
+        self._sync_at: int | None = None
+        self._asked = False
+        self._unreported_s = 0.0
+        self._unreported = 0
+
+    def begin(self, version: int) -> None:
+        """A round begins from this version of the model.
+
+        The first local step of a round needs no leave (in the paper: k = 0 -> train), but in its very first
+        round a worker waits for the run to start.
+        """
+        first = self.round < 0
+        self.round, self.step, self.samples = version, 0, 0
+        self._allowed = 0 if first else self._ahead
+        self._sync_at = None
+        self._asked = False
+        self._unreported_s, self._unreported = 0.0, 0
+
+    def finished(self, compute_s: float, samples: int) -> None:
+        """One local step is done; it took `compute_s` seconds."""
+        self.step += 1
+        self.samples += samples
+        self.totals.steps += 1
+        self.totals.samples += samples
+        self.totals.compute_s += compute_s
+        self._unreported_s += compute_s
+        self._unreported += 1
+
+    def action(self) -> Action:
+        """What to do now."""
+        if self.final is not None:
+            return Action.STOP
+        if self._sync_at is not None:
+            return Action.SYNC if self.step >= self._sync_at else Action.TRAIN
+        return Action.TRAIN if self.step < self._allowed else Action.WAIT
+
+    def wants_query(self) -> bool:
+        """Whether it is time to ask."""
+        return (
+            self.final is None
+            and self._sync_at is None
+            and not self._asked
+            and self.step >= self._allowed - self._ahead
+        )
+
+    def query(self, loss: float | None = None) -> Query:
+        """The question; until it is answered there is none other to ask."""
+        self._asked = True
+        ahead = 1 if self.step < self._allowed else 0
+        return Query(
+            self.worker, self.round, self.step, ahead, self._measured_s(), self.samples, loss
+        )
+
+    def synchronising(self, loss: float | None = None) -> Report:
+        """The report that the round's steps are done and its update is on the way."""
+        return Report(
+            self.worker,
+            self.round,
+            self.step,
+            "sync",
+            self._measured_s(),
+            self.samples,
+            loss,
+            totals=self.totals.to_wire(),
+        )
+
+    def on_response(self, response: Response) -> None:
+        """Take an answer; one of another round is out of date and changes nothing."""
+        if response.action == "stop":
+            self.final = response.round
+        elif response.round == self.round:
+            self._asked = False
+            until = response.step + response.lease
+            if response.action == "sync":
+                self._sync_at = until
+            else:
+                self._allowed = max(self._allowed, until)
+
+    def ask_again(self) -> None:
+        """The question may have been lost."""
+        self._asked = False
+
+    def _measured_s(self) -> float:
+        """Mean seconds of the steps not yet reported."""
+        mean = self._unreported_s / self._unreported if self._unreported else 0.0
+        self._unreported_s, self._unreported = 0.0, 0
+        return mean
