@@ -51,9 +51,7 @@ class RunConfig:
     )
     dataset: str = _option("fashion-mnist", "Data set: fashion-mnist, cifar10 or digits.")
     data_dir: str = _option("", "Where the data set lies (default: searched, then downloaded).")
-    split: str = _option(
-        "iid", "How samples are dealt to workers.", choices=("iid", "by-class")
-    )
+    split: str = _option("iid", "How samples are dealt to workers.", choices=("iid", "by-class"))
     workers: int = _option(1, "The run starts when so many workers are ready.", low=1, high=100_000)
     batch_size: int = _option(64, "Samples in a local step.", low=1)
     optimizer: str = _option(
@@ -72,7 +70,9 @@ class RunConfig:
     epsilon_s: float = _option(
         -1.0, "Margin of ESync's decision in seconds (-1: 0.5 as published, or measured).", low=-1
     )
-    seed: int = _option(0, "Seed of the initial model, the split, and every worker's batches.", low=0)
+    seed: int = _option(
+        0, "Seed of the initial model, the split, and every worker's batches.", low=0
+    )
     rounds: int = _option(0, "Stop after so many versions of the model (0: no limit).", low=0)
     duration_s: float = _option(0.0, "Stop after so many seconds (0: no limit).", low=0)
     target_accuracy: float = _option(
@@ -90,8 +90,8 @@ class RunConfig:
         algorithm(self.mode)
         if self.dcasgd and (self.mode != "async" or self.optimizer != "sgd"):
             raise ConfigError(
-                "dcasgd compensates plain SGD updates in mode async; it needs mode = \"async\" and "
-                f"optimizer = \"sgd\", not {self.mode!r} and {self.optimizer!r}"
+                'dcasgd compensates plain SGD updates in mode async; it needs mode = "async" and '
+                f'optimizer = "sgd", not {self.mode!r} and {self.optimizer!r}'
             )
         if self.dcasgd and self.lr <= 0:
             raise ConfigError("dcasgd needs a learning rate above 0")
@@ -201,7 +201,7 @@ def check_fields(config: Any, where: str) -> None:
             raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}")
         choices = item.metadata.get("choices")
         if choices and value not in choices:
-            raise ConfigError(f"{name}: " + unknown(item.name, value, choices))
+            raise ConfigError(f"{name}: " + unknown(item.name, str(value), choices))
         low, high = item.metadata.get("low"), item.metadata.get("high")
         if low is not None and not value >= low:  # also refuses NaN
             raise ConfigError(f"{name}: {value} is below {low:g}")

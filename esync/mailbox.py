@@ -25,7 +25,9 @@ class Mailbox(Generic[T]):
         if self._open:
             try:
                 os.write(self._write, b"\0")
-            except OSError:  # full: the receiver will wake anyway; closed in between: nobody is left to wake
+            except (
+                OSError
+            ):  # full: the receiver will wake anyway; closed in between: nobody is left to wake
                 pass
 
     def take(self) -> list[T]:

@@ -267,9 +267,7 @@ def _fields_of(cls: type) -> list[tuple[str, tuple[type, ...], Any, Any]]:
         for option in options:
             accepted += _ACCEPTS[typing.get_origin(option) or option]
         default = _MISSING if field.default is dataclasses.MISSING else field.default
-        factory = (
-            None if field.default_factory is dataclasses.MISSING else field.default_factory
-        )
+        factory = None if field.default_factory is dataclasses.MISSING else field.default_factory
         rows.append((field.name, accepted, default, factory))
     return rows
 

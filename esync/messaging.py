@@ -32,6 +32,10 @@ LOCAL = b"\0local"
 """The peer of events that this process put on the queue itself."""
 DRAIN = 256
 """Messages taken off the socket before the router gets a turn."""
+# As plain integers: to combine or pass pyzmq's enumerations takes as long as to send the message.
+NOBLOCK = int(zmq.NOBLOCK)
+NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+RCVMORE = int(zmq.RCVMORE)
 
 
 class MessageServer:
@@ -90,7 +94,7 @@ class MessageServer:
         """Serve until `stop`."""
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
-        descriptor = self.socket.getsockopt(zmq.FD)
+        descriptor = int(self.socket.getsockopt(zmq.FD))
         self._loop.add_reader(descriptor, self._receive)
         try:
             self._receive()
@@ -113,13 +117,13 @@ class MessageServer:
             if len(queue) >= self._limit:
                 break
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
+                peer = socket.recv(NOBLOCK) if self._routed else b""
+                frame: Any = socket.recv(NOBLOCK)
             except zmq.Again:
                 break
-            if self._routed:
-                queue.append((frames[0], frames[1] if len(frames) == 2 else frames[1:]))
-            else:
-                queue.append((b"", frames[0] if len(frames) == 1 else frames))
+            if socket.get(RCVMORE):
+                frame = [frame, *socket.recv_multipart(NOBLOCK)]
+            queue.append((peer, frame))
         if queue and self._wake is not None:
             self._wake.set()
 
@@ -176,8 +180,8 @@ class MessageServer:
             peer, frame = outbox.popleft()
             try:
                 if self._routed:
-                    socket.send(peer, zmq.NOBLOCK | zmq.SNDMORE)
-                socket.send(frame, zmq.NOBLOCK)
+                    socket.send(peer, NOBLOCK_MORE)
+                socket.send(frame, NOBLOCK)
             except zmq.ZMQError as error:
                 self.counters["unsent"] += 1
                 log.debug("no answer to %r: %s", peer, error)

@@ -233,9 +233,7 @@ class TensorThread(threading.Thread):
                 worker = message.worker
                 self._fetch(message)
             else:
-                raise MessageError(
-                    "unexpected-type", f"{message.TYPE} is not for the data channel"
-                )
+                raise MessageError("unexpected-type", f"{message.TYPE} is not for the data channel")
         except MessageError as error:
             self.counters[error.code] += 1
             if self.counters[error.code] <= 5:
@@ -315,9 +313,7 @@ class TensorThread(threading.Thread):
             elif isinstance(event, Completed):
                 now = time.monotonic()
                 early = {w: now - self._arrival.get(w, now) for w in event.members}
-                self._published(
-                    NewVersion(event.version, early, self.bytes_up, self.bytes_down)
-                )
+                self._published(NewVersion(event.version, early, self.bytes_up, self.bytes_down))
 
     def _send_model(self, worker: str, chunks: list[int] | None = None) -> None:
         """The latest complete version, and what is final already of the next."""

@@ -32,10 +32,7 @@ def main(file: str | None, run_dir: str | None, verbose: bool, **values: Any) ->
     cli.start_logging(verbose)
     raw = cli.tables(file)
     overrides = cli.given(values, RunConfig)
-    if file:
-        run = config.cluster(raw, overrides).run
-    else:
-        run = config.build(RunConfig, overrides, "run")
+    run = config.cluster(raw, overrides).run
     config.check_names(run)
     state = config.build(
         StateConfig, {**raw.get("state", {}), **cli.given(values, StateConfig)}, "state"

@@ -137,9 +137,7 @@ class Table:
             self._slowest = max(self.active(), key=self._cost, default=None)
         return self._slowest
 
-    def progress(
-        self, record: Record, round: int, step: int, compute_s: float, now: float
-    ) -> None:
+    def progress(self, record: Record, round: int, step: int, compute_s: float, now: float) -> None:
         """Store what a worker reports: `step` steps of `round` are finished, `compute_s` seconds each (0: none
         since it last said so)."""
         record.heard = now

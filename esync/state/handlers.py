@@ -126,7 +126,9 @@ class Handlers:
     def on_join(self, peer: bytes, message: Join) -> None:
         _check_identity(peer, message.worker)
         if message.role not in ("worker", "evaluator", "ps"):
-            raise MessageError("bad-role", f"a role is worker, evaluator or ps, not {message.role!r}")
+            raise MessageError(
+                "bad-role", f"a role is worker, evaluator or ps, not {message.role!r}"
+            )
         if message.version != VERSION:
             log.warning("%s runs esync %s, here %s", message.worker, message.version, VERSION)
         if self.stopped is not None:
@@ -340,9 +342,7 @@ class Handlers:
             raise MessageError("unknown-worker", f"{message.worker} has not joined; join first")
         now = server.heard = self._clock()
         self.table.round = max(self.table.round, message.round)
-        self.history.published(
-            message.round, self._t(now), message.bytes_up, message.bytes_down
-        )
+        self.history.published(message.round, self._t(now), message.bytes_up, message.bytes_down)
         for worker, early_s in message.members.items():
             record = self.table.records.get(worker)
             if record is None or not isinstance(early_s, (int, float)):
@@ -360,7 +360,9 @@ class Handlers:
         _check_identity(peer, message.worker)
         if message.worker in self.servers:
             del self.servers[message.worker]
-            self._say(f"parameter server {message.worker} left: {message.reason or 'no reason given'}")
+            self._say(
+                f"parameter server {message.worker} left: {message.reason or 'no reason given'}"
+            )
         self._waiting.pop(message.worker, None)
         self._remove(message.worker, message.reason or "left")
         self._end_when_alone()
@@ -500,7 +502,9 @@ class Handlers:
         _check_identity(peer, worker)
         record = self.table.records.get(worker)
         if record is None:
-            raise MessageError("unknown-worker", f"{worker} is not a member of this run; join first")
+            raise MessageError(
+                "unknown-worker", f"{worker} is not a member of this run; join first"
+            )
         return record
 
 

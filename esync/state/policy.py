@@ -7,6 +7,7 @@ from `record.step`: see `Decision`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -86,11 +87,7 @@ class PaperEsync:
         if slowest is None or record.step == 0 or slowest.round < record.round:
             return Decision(TRAIN, 1)
         rest = slowest.step_s.value - (now - slowest.since)
-        if (
-            record is slowest
-            or slowest.ready
-            or record.step_s.value + self.epsilon_s > rest
-        ):
+        if record is slowest or slowest.ready or record.step_s.value + self.epsilon_s > rest:
             record.ready = True
             return Decision(SYNC, 0)
         return Decision(TRAIN, 1)
@@ -123,7 +120,9 @@ class AdaptiveEsync:
         slowest = table.slowest()
         if slowest is None:
             return Decision(TRAIN, ahead + 1)
-        at_least = max(ahead, 1 - record.step)  # a round has one step, and a running one is finished
+        at_least = max(
+            ahead, 1 - record.step
+        )  # a round has one step, and a running one is finished
         if record is slowest and record.step_s.value:
             return self._sync(record, at_least)
         if slowest.round == record.round and slowest.arrived:
@@ -170,8 +169,12 @@ def _esync(variant: str, steps: int, epsilon_s: float | None) -> Policy:
     return AdaptiveEsync(epsilon_s)
 
 
-POLICIES = {
+def _fixed(variant: str, steps: int, epsilon_s: float | None) -> Policy:
+    return FixedSteps(steps)
+
+
+POLICIES: dict[str, Callable[[str, int, float | None], Policy]] = {
     "esync": _esync,
-    "fixed": lambda variant, steps, epsilon_s: FixedSteps(steps),
+    "fixed": _fixed,
 }
 """Pacing -> maker of its policy, from (variant, steps a round, epsilon in seconds or None)."""

@@ -51,6 +51,8 @@ class StateServer:
             raise
         self._run_dir = Path(run_dir) if run_dir else None
         self._journal = Journal(self._run_dir / "state.jsonl" if self._run_dir else None, "state")
+        if self._run_dir:
+            (self._run_dir / "endpoint").write_text(self.endpoint + "\n", encoding="utf-8")
         self._server = MessageServer(self._socket)
         self.handlers = Handlers(
             config,

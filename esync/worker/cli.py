@@ -16,7 +16,9 @@ from esync.journal import Journal
 @click.command(cls=cli.Command, context_settings={"max_content_width": 100})
 @cli.options_of(WorkerConfig, skip=("count", "host"))
 @click.option("--rank", type=int, help="The rank asked for.  [default: given on joining]")
-@click.option("--evaluate", is_flag=True, help="Do not train: evaluate each new model on the test set.")
+@click.option(
+    "--evaluate", is_flag=True, help="Do not train: evaluate each new model on the test set."
+)
 @cli.join_options
 @cli.run_options
 def main(
@@ -71,9 +73,7 @@ def _row_of(raw: dict[str, Any], name: str) -> dict[str, Any]:
     rows = config.cluster(raw).each_worker()
     for row in rows:
         if row.name == name:
-            return {
-                key: getattr(row, key) for key in ("name", "device", "step_time_s", "slowdown")
-            }
+            return {key: getattr(row, key) for key in ("name", "device", "step_time_s", "slowdown")}
     if not name:
         return {}
     raise ConfigError(

@@ -1,10 +1,10 @@
 """`esync.Worker`: the few calls by which any training loop takes part in a run.
 
-    with esync.Worker("tcp://head:10010") as worker:
-        params = worker.start(params)
-        for batch in worker.batches(dataset):
-            params, opt_state, loss = train_step(params, opt_state, batch)
-            params = worker.step(params, loss=loss)
+with esync.Worker("tcp://head:10010") as worker:
+    params = worker.start(params)
+    for batch in worker.batches(dataset):
+        params, opt_state, loss = train_step(params, opt_state, batch)
+        params = worker.step(params, loss=loss)
 """
 
 from __future__ import annotations
@@ -180,6 +180,8 @@ class Worker:
             raise EsyncError("start was called twice; a worker starts once")
         self._packer = Packer(params, stats, as_value)
         initial = self._packer.pack(params, stats)
+        # Once through everything that a round needs, so that it is compiled before the run starts.
+        self._packer.pack(*self._packer.unpack(initial))
         if not np.isfinite(initial).all():
             raise ModelError("the initial model holds NaN or infinity")
         with self._changed:
@@ -474,7 +476,9 @@ class Worker:
         arrays = jax.tree_util.tree_leaves(dataset)
         counts = {len(array) for array in arrays}
         if len(counts) != 1:
-            raise ModelError(f"the arrays of a data set have one length, these have {sorted(counts)}")
+            raise ModelError(
+                f"the arrays of a data set have one length, these have {sorted(counts)}"
+            )
         for index in self.indices(arrays[-1] if labels is None else labels, batch_size):
             yield jax.tree_util.tree_map(lambda array: array[index], dataset)  # noqa: B023
 

@@ -173,7 +173,7 @@ class Link(threading.Thread):
         assembly = self.shared.assembly
         assert assembly is not None
         layout = assembly.layout
-        data = memoryview(item.flat).cast("B")
+        data = memoryview(item.flat).cast("B")  # type: ignore[arg-type]
         for i in range(len(layout.chunks)) if item.chunks is None else item.chunks:
             chunk = layout.chunks[i]
             header = Update(
@@ -295,7 +295,9 @@ class Link(threading.Thread):
             if initial is not None and (chunks or mine):
                 self._queue_update(Push(initial, INITIAL, 0, 0, chunks or None))
         elif update is not None and update.round == message.round:
-            self._queue_update(Push(update.flat, update.round, update.steps, update.samples, chunks))
+            self._queue_update(
+                Push(update.flat, update.round, update.steps, update.samples, chunks)
+            )
 
     # As time goes by
 

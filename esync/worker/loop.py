@@ -13,7 +13,7 @@ from esync import data
 from esync.config import WorkerConfig
 from esync.journal import Journal
 from esync.worker.client import Worker
-from esync.worker.step import classifier, device_for, on_device, test_accuracy
+from esync.worker.step import classifier, device_for, on_device, random_key, test_accuracy
 
 
 def train(
@@ -31,17 +31,19 @@ def train(
         model = classifier(run, dataset)
         images, labels = on_device(dataset.train_images, dataset.train_labels, device)
         batches = worker.indices(dataset.train_labels)
-        key = jax.random.fold_in(jax.random.key(run.seed), worker.rank)
-        opt_state = model.init_optimizer(model.params)
+        key = jax.random.fold_in(random_key(run.seed), worker.rank)
+        # Committed to the device, as the cluster's model will be: or the step would be compiled twice.
+        params, stats = jax.device_put((model.params, model.stats), device)
+        opt_state = jax.device_put(model.init_optimizer(params), device)
         pace = Pace(config)
 
         say(f"compiling {run.model} for {run.dataset} ({dataset.source})")
         index = next(batches)
-        warm = model.step(model.params, model.stats, opt_state, images, labels, index, key, 0)
+        warm = model.step(params, stats, opt_state, images, labels, index, key, 0)
         jax.block_until_ready(warm)
 
         worker.on_round(lambda row: journal.write("round", **row))
-        params, stats = worker.start(model.params, model.stats)
+        params, stats = worker.start(params, stats)
         journal.write("start", rank=worker.rank, device=str(device))
         while not worker.stopped:
             pace.begin()

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esync.errors import ModelError
 from esync.tensors import DELTA, VALUE, Layout, layout_of
 from esync.worker.assembly import Vector
 
@@ -96,9 +97,15 @@ class Packer:
 
     def pack(self, params: Tree, stats: Tree = None, base: Any = 0.0) -> Vector:
         """The tree as a vector, less `base`. shape=(layout.size,); the result is not to be written to."""
-        leaves = self._treedef.flatten_up_to((params, stats))
+        leaves, treedef = jax.tree_util.tree_flatten((params, stats))
+        if treedef != self._treedef:
+            raise ModelError(
+                f"the tree given to step is not the one given to start: {treedef} instead of {self._treedef}"
+            )
         if self._on_host:
-            return np.asarray(self._pack(leaves, np.float32(0) if base is None else base), np.float32)
+            return np.asarray(
+                self._pack(leaves, np.float32(0) if base is None else base), np.float32
+            )
         return np.asarray(self._pack(leaves, jnp.asarray(base, jnp.float32)))
 
     def unpack(self, flat: Vector) -> tuple[Tree, Tree, Any]:

@@ -1,0 +1,250 @@
+"""`esync-run`: a whole cluster on this machine, with a live table and a summary."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import zmq
+from rich.console import Console
+from rich.live import Live
+
+from esync import cli, config, messages, transport
+from esync.algorithms import algorithm
+from esync.config import ClusterConfig, RunConfig
+from esync.errors import ConfigError, EsyncError
+from esync.messages import Status
+from esync.report.compare import comparison, read_summary
+from esync.run import launcher, view
+from esync.run.launcher import Role
+
+REFRESH_S = 0.25
+PLAIN_EVERY_S = 5.0
+
+
+@click.command(cls=cli.Command, context_settings={"max_content_width": 100})
+@click.argument("file", type=click.Path())
+@click.option("--name", help="Results go to runs/NAME.  [default: the file's name and the mode]")
+@click.option(
+    "--runs",
+    type=click.Path(file_okay=False),
+    default="runs",
+    show_default=True,
+    help="Where results go.",
+)
+@click.option("--force", is_flag=True, help="Replace runs/NAME if it is there.")
+@click.option(
+    "--keep-going",
+    is_flag=True,
+    help="Go on without a worker that dies, instead of ending the run.",
+)
+@click.option("--plain", is_flag=True, help="Plain lines even on a terminal.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print each role's command (name, tab, command) and exit."
+)
+@cli.options_of(RunConfig)
+@click.option("-v", "--verbose", is_flag=True, help="Log more.")
+def main(
+    file: str,
+    name: str | None,
+    runs: str,
+    force: bool,
+    keep_going: bool,
+    plain: bool,
+    dry_run: bool,
+    verbose: bool,
+    **values: Any,
+) -> None:
+    """Start all roles of a cluster file on this machine, show how they train, and sum up.
+
+    FILE has the tables [run], [state], [ps] and [[workers]]; options given here replace those of [run].
+    runs/NAME gets the configuration (cluster.toml), a log per role (ROLE.jsonl, and ROLE.log with what it printed),
+    summary.json and the final model.safetensors.
+
+    \b
+    Example:
+      esync-run examples/clusters/demo.toml --mode sync --duration 60
+    """
+    cli.start_logging(verbose)
+    cluster = config.cluster(config.read(file), cli.given(values, RunConfig))
+    config.check_names(cluster.run)
+    cluster.each_worker()
+    directory = _directory(file, name, Path(runs), cluster, force, dry_run)
+    if dry_run:
+        launcher.write_config(cluster, directory / "cluster.toml")
+        for role in launcher.roles_of(cluster, directory, cluster.state.bind):
+            variables = [f"{key}={value}" for key, value in role.environment.items()]
+            click.echo(f"{role.name}\t{' '.join([*variables, *role.command])}")
+        return
+    console = Console()
+    dropped = sum(row.count for row in cluster.workers) - len(cluster.each_worker())
+    if dropped:
+        console.print(
+            f"mode {cluster.run.mode}: only the first worker of {file} takes part, {dropped} do not"
+        )
+    cli.interrupt_on_sigterm()
+    run = _Run(cluster, directory, console, keep_going=keep_going)
+    try:
+        run.go(live=console.is_terminal and not plain)
+    except KeyboardInterrupt:
+        console.print("interrupted: ending the run")
+        run.end()
+    finally:
+        run.close()
+    run.sum_up()
+
+
+def _directory(
+    file: str, name: str | None, runs: Path, cluster: ClusterConfig, force: bool, dry_run: bool
+) -> Path:
+    """Make the run's directory; a name that was not given is made unique."""
+    base = name or f"{Path(file).stem}-{cluster.run.mode}"
+    path = runs / base
+    number = 2
+    while name is None and not force and (path / "cluster.toml").exists():
+        path = runs / f"{base}-{number}"
+        number += 1
+    if path.exists() and any(path.iterdir()) and not dry_run:
+        if not force:
+            raise ConfigError(f"{path} has results already; choose another --name, or --force")
+        shutil.rmtree(path)
+    made = cli.make_directory(str(path))
+    assert made is not None
+    return made
+
+
+class _Run:
+    """The processes of one run and what is shown of them."""
+
+    def __init__(
+        self, cluster: ClusterConfig, directory: Path, console: Console, *, keep_going: bool
+    ) -> None:
+        self.cluster, self.directory, self.console = cluster, directory, console
+        self.keep_going = keep_going
+        self.roles: list[Role] = []
+        self.endpoint = ""
+        self.lost: list[str] = []
+        self._status: dict[str, Any] | None = None
+        self._waiting_for = ""
+        self._socket: zmq.Socket[bytes] | None = None
+
+    def go(self, *, live: bool) -> None:
+        """Start everything and watch until it has ended.
+
+        Raises:
+            EsyncError: a role died; the text says which and why.
+        """
+        launcher.write_config(self.cluster, self.directory / "cluster.toml")
+        state = launcher.roles_of(self.cluster, self.directory, "tcp://127.0.0.1:1")[0]
+        self.roles = [state]
+        state.start()
+        endpoint = launcher.wait_for_endpoint(self.directory, state)
+        if endpoint is None:
+            raise EsyncError(f"the state server did not start: {state.why()}")
+        self.endpoint = transport.reachable(endpoint, "tcp://127.0.0.1:1")
+        others = launcher.roles_of(self.cluster, self.directory, self.endpoint)[1:]
+        for role in others:
+            self.roles.append(role)
+            role.start()
+        self.console.print(
+            f"{len(self.roles)} processes started; logs and results in {self.directory}"
+        )
+        self._socket = transport.dealer(zmq.Context.instance(), f"run-{os.getpid()}", self.endpoint)
+        if live:
+            with Live(console=self.console, refresh_per_second=8, transient=True) as shown:
+                self._watch(lambda: shown.update(view.live_table(*self._seen())))
+        else:
+            self._watch(self._print_plainly)
+
+    def _seen(self) -> tuple[dict[str, Any], str]:
+        assert self._status is not None
+        return self._status, self._waiting_for
+
+    def _watch(self, show: Any) -> None:
+        self._plain_at = 0.0
+        self._plain = ""
+        while self.roles[0].status is None:
+            self._check()
+            if self._ask() and self._status is not None:
+                show()
+            time.sleep(REFRESH_S)
+        deadline = time.monotonic() + launcher.STOP_S
+        while time.monotonic() < deadline and any(role.status is None for role in self.roles):
+            time.sleep(0.05)
+        self._check()
+
+    def _print_plainly(self) -> None:
+        status, waiting_for = self._seen()
+        line = view.plain_line(status, waiting_for)
+        due = time.monotonic() - self._plain_at > PLAIN_EVERY_S
+        if line != self._plain and (due or waiting_for):
+            self._plain, self._plain_at = line, time.monotonic()
+            self.console.print(line, highlight=False)
+
+    def _ask(self) -> bool:
+        """Fetch the state server's table; False if it did not answer."""
+        assert self._socket is not None
+        self._socket.send(messages.encode(Status()))
+        answered = False
+        while self._socket.poll(0 if answered else 500):
+            message = messages.decode(self._socket.recv())
+            if isinstance(message, Status) and message.table:
+                self._status, self._waiting_for = message.table, message.waiting_for
+                answered = True
+        return answered
+
+    def _check(self) -> None:
+        """See whether a role died."""
+        for role in list(self.roles):
+            status = role.status
+            if status is None or status == 0:
+                continue
+            text = f"{role.name} died: {role.why()}"
+            worker = role.name not in ("state", "ps")
+            others = [r for r in self.roles if r is not role and r.status is None]
+            if self.keep_going and worker and len(others) > 2:
+                self.lost.append(role.name)
+                self.roles.remove(role)
+                self.console.print(f"{text}\n    the others go on", highlight=False)
+                continue
+            raise EsyncError(f"{text}\n  stopped the other roles; see {role.log}")
+
+    def end(self) -> None:
+        """Ask the state server to end the run, and give everybody the time to leave."""
+        if self.roles and self.roles[0].process is not None and self.roles[0].status is None:
+            self.roles[0].process.terminate()
+            deadline = time.monotonic() + launcher.STOP_S
+            while time.monotonic() < deadline and any(r.status is None for r in self.roles):
+                time.sleep(0.05)
+
+    def close(self) -> None:
+        """Leave no process behind."""
+        launcher.stop(self.roles)
+        if self._socket is not None:
+            self._socket.close(0)
+
+    def sum_up(self) -> None:
+        """Print the summary."""
+        path = self.directory / "summary.json"
+        if not path.exists():
+            return
+        summary = read_summary(path)
+        self.console.print(
+            f"{algorithm(summary['mode']).summary}\nended: {summary['ended']}", highlight=False
+        )
+        self.console.print(comparison([summary]))
+        gone = [row for row in summary["workers"] if row["left_why"] not in ("done", "")]
+        for row in gone:
+            self.console.print(
+                f"{row['name']} left after {row['left_s']:.1f} s: {row['left_why']}",
+                highlight=False,
+            )
+        self.console.print(f"results: {self.directory}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

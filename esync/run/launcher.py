@@ -1,0 +1,146 @@
+"""All roles of a cluster file as processes on this machine: started, watched, and ended together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from esync.config import ClusterConfig, WorkerConfig
+
+STOP_S = 8.0
+"""How long a role has to end by itself after SIGTERM."""
+
+
+@dataclass
+class Role:
+    """One process.
+
+    Attributes:
+        name: what people call it: `state`, `ps`, `evaluator`, or a worker's name.
+        command: what was run.
+        log: the file with everything that it printed.
+    """
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def start(self) -> None:
+        with open(self.log, "ab") as out:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environment},
+                start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the roles in order
+            )
+
+    @property
+    def status(self) -> int | None:
+        """Exit status; None while it runs."""
+        assert self.process is not None
+        return self.process.poll()
+
+    def why(self) -> str:
+        """How it ended, with the last things that it said."""
+        status = self.status
+        if status is None:
+            return "still running"
+        ended = (
+            f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        )
+        lines = self.log.read_text(errors="replace").strip().splitlines()[-5:]
+        return ended + "".join(f"\n    {line}" for line in lines)
+
+
+def write_config(cluster: ClusterConfig, path: Path) -> None:
+    """The whole configuration, defaults included, as a cluster file that can be run again."""
+    raw: dict[str, Any] = {
+        "run": asdict(cluster.run),
+        "state": asdict(cluster.state),
+        "ps": asdict(cluster.ps),
+        "workers": [asdict(row) for row in cluster.workers],
+    }
+    path.write_text(tomli_w.dumps(raw), encoding="utf-8")
+
+
+def roles_of(cluster: ClusterConfig, directory: Path, endpoint: str) -> list[Role]:
+    """The processes that train this cluster here, the state server first.
+
+    Args:
+        directory: holds `cluster.toml` and receives every role's output.
+        endpoint: where the state server listens, or will.
+    """
+    common = ["--run-dir", str(directory)]
+    file = ["--config", str(directory / "cluster.toml")]
+    joins = ["--connect", endpoint]
+    rows: list[tuple[str, list[str], dict[str, str]]] = [
+        ("state", ["esync.state.cli", *file, *common], {}),
+        ("ps", ["esync.ps.cli", *file, *joins, *common, "--name", "ps"], {}),
+    ]
+    workers = cluster.each_worker()
+    for rank, row in enumerate(workers):
+        arguments = ["esync.worker.cli", *file, *joins, *common]
+        arguments += ["--name", row.name, "--rank", str(rank)]
+        rows.append((row.name, arguments, environment_of(row)))
+    evaluator = ["esync.worker.cli", "--evaluate", "--name", "evaluator", *joins, *common]
+    rows.append(("evaluator", evaluator, environment_of(workers[0])))
+    return [
+        Role(name, [sys.executable, "-m", *arguments], env, directory / f"{name}.log")
+        for name, arguments, env in rows
+    ]
+
+
+def environment_of(worker: WorkerConfig) -> dict[str, str]:
+    """Variables that let several workers share a machine: one compute thread each, no grabbing of GPU memory."""
+    if worker.device == "cpu":
+        flags = "--xla_cpu_multi_thread_eigen=false"
+        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "OMP_NUM_THREADS": "1"}
+    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def wait_for_endpoint(directory: Path, state: Role, timeout_s: float = 30.0) -> str | None:
+    """Where the state server came to listen; None if it ended instead."""
+    path = directory / "endpoint"
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if path.exists() and (text := path.read_text().strip()):
+            return text
+        if state.status is not None:
+            return None
+        time.sleep(0.05)
+    return None
+
+
+def stop(roles: list[Role]) -> None:
+    """End every role that still runs: SIGTERM, patience, SIGKILL."""
+    running = [role for role in roles if role.process is not None and role.status is None]
+    for role in running:
+        _signal(role, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_S
+    for role in running:
+        assert role.process is not None
+        try:
+            role.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _signal(role, signal.SIGKILL)
+            role.process.wait()
+
+
+def _signal(role: Role, number: int) -> None:
+    assert role.process is not None
+    try:
+        role.process.send_signal(number)
+    except ProcessLookupError:
+        pass

@@ -1,0 +1,101 @@
+"""What a running run looks like: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+PHASES = {
+    "loading": "loading",
+    "joined": "joined",
+    "waiting": "waiting to start",
+    "train": "training",
+    "query": "asking",
+    "sync": "synchronising",
+    "eval": "evaluating",
+    "leaving": "leaving",
+}
+"""A worker's phase -> the word for it."""
+
+
+def duration(seconds: float) -> str:
+    """`75.2` -> `1:15`."""
+    whole = int(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    return f"{whole // 60}:{whole % 60:02d}"
+
+
+def progress(status: dict[str, Any]) -> tuple[float, float | None]:
+    """(share done, seconds left or None if nobody can know) of a run."""
+    elapsed = status["elapsed_s"]
+    shares = []
+    if status["duration_s"]:
+        shares.append(elapsed / status["duration_s"])
+    if status["rounds"]:
+        shares.append(status["round"] / status["rounds"])
+    if not shares:
+        return 0.0, None
+    share = min(1.0, max(shares))
+    return share, elapsed / share - elapsed if share > 0 else None
+
+
+def headline(status: dict[str, Any]) -> str:
+    """The run in one line."""
+    parts = [
+        f"{status['mode']} · {status['model']} on {status['dataset']}",
+        f"round {status['round']}" + (f"/{status['rounds']}" if status["rounds"] else ""),
+        f"{duration(status['elapsed_s'])}"
+        + (f"/{duration(status['duration_s'])}" if status["duration_s"] else ""),
+    ]
+    _, left = progress(status)
+    if left is not None and not status["stopped"]:
+        parts.append(f"{duration(left)} left")
+    if status["accuracy"] is not None:
+        accuracy = f"accuracy {status['accuracy']:.4f}"
+        if status["target_accuracy"]:
+            accuracy += f" (target {status['target_accuracy']:g})"
+        parts.append(accuracy)
+    return "  ".join(parts)
+
+
+def live_table(status: dict[str, Any], waiting_for: str) -> Group:
+    """The whole picture: headline, progress, one row per worker."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("worker")
+    table.add_column("device")
+    for name in ("round", "steps", "now", "s/step", "computing", "loss"):
+        table.add_column(name, justify="left" if name == "now" else "right")
+    for row in status["workers"]:
+        trains = row["role"] == "worker"
+        table.add_row(
+            row["worker"],
+            row["device"],
+            str(max(row["round"], 0)) if trains else "",
+            str(row["step"]) if trains else "",
+            PHASES.get(row["phase"], row["phase"]),
+            f"{row['step_s']:.3f}" if row["step_s"] else "",
+            f"{row['compute_ratio']:.0%}" if row["steps"] else "",
+            f"{row['loss']:.3f}" if row["loss"] is not None else "",
+        )
+    share, left = progress(status)
+    parts: list[Any] = [Text(headline(status), style="bold")]
+    if left is not None:
+        parts.append(ProgressBar(total=1.0, completed=share, width=60))
+    if status["stopped"]:
+        parts.append(Text(f"ending: {status['stopped']}"))
+    elif waiting_for:
+        parts.append(Text(f"waiting for {waiting_for}", style="yellow"))
+    return Group(*parts, table)
+
+
+def plain_line(status: dict[str, Any], waiting_for: str) -> str:
+    """The same for a log file."""
+    if waiting_for:
+        return f"waiting for {waiting_for}"
+    steps = sum(row["steps"] for row in status["workers"])
+    return f"{headline(status)}  {steps} steps"
