@@ -67,6 +67,7 @@ class RunConfig:
     local_steps: int = _option(
         0, "Local steps between synchronisations in mode local (0: 50).", low=0
     )
+    max_steps: int = _option(0, "At most so many local steps a round (0: no limit).", low=0)
     epsilon_s: float = _option(
         -1.0, "Margin of ESync's decision in seconds (-1: 0.5 as published, or measured).", low=-1
     )

@@ -32,10 +32,9 @@ LOCAL = b"\0local"
 """The peer of events that this process put on the queue itself."""
 DRAIN = 256
 """Messages taken off the socket before the router gets a turn."""
-# As plain integers: to combine or pass pyzmq's enumerations takes as long as to send the message.
+# Plain integers: combining pyzmq's enumerations takes longer than sending a message.
 NOBLOCK = int(zmq.NOBLOCK)
 NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
-RCVMORE = int(zmq.RCVMORE)
 
 
 class MessageServer:
@@ -118,12 +117,13 @@ class MessageServer:
                 break
             try:
                 peer = socket.recv(NOBLOCK) if self._routed else b""
-                frame: Any = socket.recv(NOBLOCK)
+                frame = socket.recv(NOBLOCK, copy=False)
             except zmq.Again:
                 break
-            if socket.get(RCVMORE):
-                frame = [frame, *socket.recv_multipart(NOBLOCK)]
-            queue.append((peer, frame))
+            if frame.more:
+                queue.append((peer, [frame.bytes, *socket.recv_multipart(NOBLOCK)]))
+            else:
+                queue.append((peer, frame.bytes))
         if queue and self._wake is not None:
             self._wake.set()
 
@@ -137,7 +137,8 @@ class MessageServer:
                 self._handle(peer, frame)
             self._routing = False
             self._flush()
-            self._receive()
+            if self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+                self._receive()
             if self._queue:
                 await asyncio.sleep(0)  # timers and other readers get their turn
                 continue

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,9 @@ PLAIN_EVERY_S = 5.0
 )
 @click.option("--plain", is_flag=True, help="Plain lines even on a terminal.")
 @click.option(
-    "--dry-run", is_flag=True, help="Print each role's command (name, tab, command) and exit."
+    "--dry-run",
+    is_flag=True,
+    help="Print each role's name, host and command, tab-separated, and exit.",
 )
 @cli.options_of(RunConfig)
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
@@ -75,10 +79,7 @@ def main(
     cluster.each_worker()
     directory = _directory(file, name, Path(runs), cluster, force, dry_run)
     if dry_run:
-        launcher.write_config(cluster, directory / "cluster.toml")
-        for role in launcher.roles_of(cluster, directory, cluster.state.bind):
-            variables = [f"{key}={value}" for key, value in role.environment.items()]
-            click.echo(f"{role.name}\t{' '.join([*variables, *role.command])}")
+        _print_commands(cluster, directory)
         return
     console = Console()
     dropped = sum(row.count for row in cluster.workers) - len(cluster.each_worker())
@@ -115,6 +116,20 @@ def _directory(
     made = cli.make_directory(str(path))
     assert made is not None
     return made
+
+
+def _print_commands(cluster: ClusterConfig, directory: Path) -> None:
+    """One line per role: name, host (- for this machine), and the command, with tabs between them."""
+    bind = launcher.fixed_port(cluster.state.bind)
+    cluster = replace(cluster, state=replace(cluster.state, bind=bind))
+    launcher.write_config(cluster, directory / "cluster.toml")
+    outside = next((row.host for row in cluster.each_worker() if row.host), "127.0.0.1")
+    endpoint = transport.reachable(bind, f"tcp://{outside}:1")
+    for role in launcher.roles_of(cluster, directory, endpoint):
+        variables = [f"{key}={value}" for key, value in role.environment.items()]
+        click.echo(
+            f"{role.name}\t{role.host or '-'}\t{shlex.join(['env', *variables, *role.command])}"
+        )
 
 
 class _Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,12 +28,14 @@ class Role:
         name: what people call it: `state`, `ps`, `evaluator`, or a worker's name.
         command: what was run.
         log: the file with everything that it printed.
+        host: the machine that it belongs on; empty: this one.
     """
 
     name: str
     command: list[str]
     environment: dict[str, str]
     log: Path
+    host: str = ""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
@@ -64,6 +67,16 @@ class Role:
         return ended + "".join(f"\n    {line}" for line in lines)
 
 
+def fixed_port(endpoint: str) -> str:
+    """`endpoint` with a free port in the place of `*`, for commands that must know it beforehand."""
+    host, _, port = endpoint.rpartition(":")
+    if not endpoint.startswith("tcp://") or port != "*":
+        return endpoint
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return f"{host}:{probe.getsockname()[1]}"
+
+
 def write_config(cluster: ClusterConfig, path: Path) -> None:
     """The whole configuration, defaults included, as a cluster file that can be run again."""
     raw: dict[str, Any] = {
@@ -76,7 +89,9 @@ def write_config(cluster: ClusterConfig, path: Path) -> None:
 
 
 def roles_of(cluster: ClusterConfig, directory: Path, endpoint: str) -> list[Role]:
-    """The processes that train this cluster here, the state server first.
+    """The processes that train this cluster, the state server first.
+
+    A worker with a host gets a command that needs no file of this machine.
 
     Args:
         directory: holds `cluster.toml` and receives every role's output.
@@ -96,10 +111,17 @@ def roles_of(cluster: ClusterConfig, directory: Path, endpoint: str) -> list[Rol
         rows.append((row.name, arguments, environment_of(row)))
     evaluator = ["esync.worker.cli", "--evaluate", "--name", "evaluator", *joins, *common]
     rows.append(("evaluator", evaluator, environment_of(workers[0])))
-    return [
-        Role(name, [sys.executable, "-m", *arguments], env, directory / f"{name}.log")
-        for name, arguments, env in rows
-    ]
+    hosts = {row.name: row.host for row in workers}
+    roles = []
+    for name, arguments, env in rows:
+        command = [sys.executable, "-m", *arguments]
+        if host := hosts.get(name, ""):
+            row = workers[[w.name for w in workers].index(name)]
+            command = ["esync-worker", *joins, "--name", name, "--rank", arguments[-1]]
+            command += ["--device", row.device, "--step-time", str(row.step_time_s)]
+            command += ["--slowdown", str(row.slowdown)]
+        roles.append(Role(name, command, env, directory / f"{name}.log", host))
+    return roles
 
 
 def environment_of(worker: WorkerConfig) -> dict[str, str]:

@@ -83,12 +83,7 @@ class Handlers:
         policy: Policy | None = None,
     ) -> None:
         self.config = config
-        self.policy = policy or policy_for(
-            algorithm(config.mode).pacing,
-            config.policy,
-            config.steps_per_round,
-            None if config.epsilon_s < 0 else config.epsilon_s,
-        )
+        self.policy = policy or policy_for(config)
         self.table = self.policy.table()
         self.history = History()
         self.started: float | None = None

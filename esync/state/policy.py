@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from esync.algorithms import algorithm
+from esync.config import RunConfig
 from esync.state.database import Latest, MedianOfThree, Record, Table
 
 TRAIN = "train"
@@ -18,6 +20,8 @@ SYNC = "sync"
 STOP = "stop"
 PAPER_EPSILON_S = 0.5
 """Epsilon of the 2019 implementation."""
+MOST_STEPS = 1_000_000
+"""More are never said to fit, however absurd the times that somebody reports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,8 @@ class AdaptiveEsync:
         epsilon = self.epsilon_s
         if epsilon is None:
             epsilon = slowest.step_s.jitter + record.step_s.jitter
-        return math.floor((arrival - record.delivery_s.value - epsilon - now) / record.step_s.value)
+        fits = (arrival - record.delivery_s.value - epsilon - now) / record.step_s.value
+        return math.floor(max(0.0, min(fits, MOST_STEPS)))
 
     def hurry(self, table: Table, record: Record) -> list[Record]:
         """The slowest came before it was expected: nobody uses up a lease."""
@@ -158,9 +163,33 @@ class AdaptiveEsync:
         return Decision(SYNC, lease)
 
 
-def policy_for(pacing: str, variant: str, steps: int, epsilon_s: float | None) -> Policy:
-    """The policy of an algorithm's `pacing`, in the `variant` that the run asks for."""
-    return POLICIES[pacing](variant, steps, epsilon_s)
+class AtMost:
+    """Another policy with a bound on the local steps of a round."""
+
+    def __init__(self, policy: Policy, steps: int) -> None:
+        self.policy, self.steps = policy, steps
+        self.measures_delivery = policy.measures_delivery
+
+    def table(self) -> Table:
+        return self.policy.table()
+
+    def decide(self, table: Table, record: Record, ahead: int, now: float) -> Decision:
+        decision = self.policy.decide(table, record, ahead, now)
+        if decision.action == TRAIN and record.step + decision.lease >= self.steps:
+            record.ready = True
+            return Decision(SYNC, max(ahead, self.steps - record.step))
+        return decision
+
+    def hurry(self, table: Table, record: Record) -> list[Record]:
+        return self.policy.hurry(table, record)
+
+
+def policy_for(config: RunConfig) -> Policy:
+    """The policy of a run."""
+    epsilon_s = None if config.epsilon_s < 0 else config.epsilon_s
+    make = POLICIES[algorithm(config.mode).pacing]
+    policy = make(config.policy, config.steps_per_round, epsilon_s)
+    return AtMost(policy, config.max_steps) if config.max_steps else policy
 
 
 def _esync(variant: str, steps: int, epsilon_s: float | None) -> Policy:

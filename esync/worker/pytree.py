@@ -53,7 +53,8 @@ class Packer:
         self, params: Tree, stats: Tree = None, as_value: Callable[[str], bool] = is_batch_norm
     ) -> None:
         leaves = []
-        flat, self._treedef = jax.tree_util.tree_flatten_with_path((params, stats))
+        flat, treedef = jax.tree_util.tree_flatten_with_path((params, stats))
+        self._treedef: Any = treedef
         for (top, *path), array in flat:
             name = path_name(tuple(path))
             group = "params" if top.idx == 0 else "stats"

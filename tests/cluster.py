@@ -1,0 +1,125 @@
+"""A whole run inside the test's process: state server, parameter server and workers on threads, over any transport."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import zmq
+
+from esync import transport
+from esync.config import PsConfig, RunConfig
+from esync.ps.server import ParameterServer
+from esync.state.server import StateServer
+from esync.worker.client import Worker
+
+_numbers = itertools.count()
+
+
+class Thread(threading.Thread):
+    """A thread whose result, or exception, is handed to whoever joins it."""
+
+    def __init__(self, target: Callable[[], Any], name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._target_function = target
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.value = self._target_function()
+        except BaseException as error:
+            self.error = error
+
+    def result(self, timeout_s: float = 60.0) -> Any:
+        self.join(timeout_s)
+        assert not self.is_alive(), f"{self.name} is still running after {timeout_s} s"
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class Cluster:
+    """The two servers of one run.
+
+    Args:
+        kind: `inproc`, `ipc` or `tcp`.
+    """
+
+    def __init__(self, config: RunConfig, kind: str = "inproc", directory: Path | None = None):
+        self.context: zmq.Context[Any] = zmq.Context()
+        number = next(_numbers)
+        bind = {
+            "inproc": f"inproc://state-{number}",
+            "ipc": f"ipc://{directory}/state",
+            "tcp": "tcp://127.0.0.1:*",
+        }[kind]
+        ps_bind = {
+            "inproc": f"inproc://ps-{number}",
+            "ipc": f"ipc://{directory}/ps",
+            "tcp": "127.0.0.1",
+        }[kind]
+        run_dir = directory / "run" if directory else None
+        if run_dir:
+            run_dir.mkdir(exist_ok=True)
+        self.state = StateServer(config, bind, context=self.context, run_dir=run_dir)
+        self.endpoint = self.state.endpoint
+        self.ps = ParameterServer(
+            self.endpoint,
+            PsConfig(bind=ps_bind),
+            context=self.context,
+            run_dir=run_dir,
+            name="ps",
+        )
+        self._state_thread = Thread(lambda: transport.run(self.state.run()), "state")
+        self._ps_thread = Thread(lambda: transport.run(self.ps.run()), "ps")
+        self.workers: list[Thread] = []
+        self.summary: dict[str, Any] = {}
+
+    def __enter__(self) -> Cluster:
+        self._state_thread.start()
+        self._ps_thread.start()
+        return self
+
+    def worker(self, name: str, rank: int | None = None, **options: Any) -> Worker:
+        return Worker(
+            self.endpoint, name=name, rank=rank, context=self.context, wait_s=20, **options
+        )
+
+    def train(self, name: str, loop: Callable[[Worker], Any], rank: int | None = None) -> Thread:
+        """Run `loop(worker)` in a thread; its result is the thread's."""
+
+        def body() -> Any:
+            with self.worker(name, rank) as worker:
+                return loop(worker)
+
+        thread = Thread(body, name)
+        self.workers.append(thread)
+        thread.start()
+        return thread
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for the end of the run; returns its summary."""
+        self.summary = self._state_thread.result()
+        self._ps_thread.result()
+        return self.summary
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.state.stop("the test is over")
+        for thread in (*self.workers, self._state_thread, self._ps_thread):
+            thread.join(30)
+        alive = [t.name for t in (self._state_thread, self._ps_thread) if t.is_alive()]
+        if error is None:
+            assert not alive, f"still running: {alive}"
+            self.context.term()  # hangs, and so fails by its time limit, if a socket was left open
+        else:
+            self.context.destroy(0)
