@@ -19,6 +19,8 @@ from esync.errors import ConfigError, unknown
 from esync.transport import DEFAULT_STATE
 
 C = TypeVar("C")
+OWN = "own"
+"""The model of a run whose workers bring a training loop of their own."""
 
 
 def _option(
@@ -45,7 +47,7 @@ class RunConfig:
         "Pacing of mode esync: as published, or with the improvements of docs/algorithms.md.",
         choices=("adaptive", "paper"),
     )
-    model: str = _option("cnn", "Model to train; see esync.models.names().")
+    model: str = _option("cnn", "Model to train, or `own` for loops of your own.")
     image_size: int = _option(
         0, "Resize images to this many pixels a side (0: the model's own choice).", low=0, high=4096
     )
@@ -148,6 +150,9 @@ class WorkerConfig:
         1.0, "Emulate a slow machine: stretch each local step by this factor.", low=1
     )
     host: str = _option("", "Machine to start on over ssh (bin/esync-tmux only).")
+    command: str = _option(
+        "", "Run this instead of esync-worker: a program that uses esync.Worker (esync-run)."
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "workers")
@@ -282,6 +287,8 @@ def check_names(run: RunConfig) -> None:
     """
     from esync import data, models
 
+    if run.model == OWN:
+        return
     if run.model not in models.names():
         raise ConfigError(unknown("model", run.model, models.names()))
     if run.dataset not in data.names():

@@ -35,6 +35,7 @@ DRAIN = 256
 # Plain integers: combining pyzmq's enumerations takes longer than sending a message.
 NOBLOCK = int(zmq.NOBLOCK)
 NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+POLLIN = int(zmq.POLLIN)
 
 
 class MessageServer:
@@ -78,7 +79,7 @@ class MessageServer:
                 pass
 
     def send(self, peer: bytes, message: Message) -> None:
-        """Hand a message to the sender; it leaves when the router has finished its turn."""
+        """Hand a message to the sender; it leaves when the handler at work has returned."""
         self._outbox.append((peer, messages.encode(message)))
         if not self._routing and self._wake is not None:
             self._wake.set()
@@ -108,8 +109,8 @@ class MessageServer:
         """Receiver: drain the socket into the queue.
 
         ZeroMQ's descriptor is edge-triggered: it stays silent about messages that were already there
-        when somebody last looked. So this drains until the socket says that nothing is left, and is
-        called again after every send.
+        when somebody last looked, and sending is looking. So this drains until the socket says that nothing
+        is left, and the router asks the socket again after its sends.
         """
         queue, socket = self._queue, self.socket
         for _ in range(DRAIN):
@@ -131,13 +132,14 @@ class MessageServer:
         """Router: take messages off the queue in order and call their handlers."""
         assert self._wake is not None
         while True:
+            self._flush()  # what was not sent by a handler
             self._routing = True
             for _ in range(min(len(self._queue), DRAIN)):
                 peer, frame = self._queue.popleft()
                 self._handle(peer, frame)
+                self._flush()
             self._routing = False
-            self._flush()
-            if self.socket.get(zmq.EVENTS) & zmq.POLLIN:
+            if self.socket.get(zmq.EVENTS) & POLLIN:
                 self._receive()
             if self._queue:
                 await asyncio.sleep(0)  # timers and other readers get their turn

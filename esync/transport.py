@@ -23,6 +23,8 @@ from esync.errors import TransportError
 T = TypeVar("T")
 DEFAULT_STATE = "tcp://127.0.0.1:10010"
 """The state server's default endpoint (the port is the one of the 2019 implementation)."""
+STATE, NAME, RANK = "ESYNC_STATE", "ESYNC_NAME", "ESYNC_RANK"
+"""Environment variables by which esync-run tells a program what `esync.Worker()` is to join, and as what."""
 MAX_CONTROL_BYTES = 4 << 20
 """Largest frame on the control channel."""
 MAX_CHUNK_BYTES = 4 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,7 +15,8 @@ from typing import Any
 
 import tomli_w
 
-from esync.config import ClusterConfig, WorkerConfig
+from esync.config import OWN, ClusterConfig, WorkerConfig
+from esync.transport import NAME, RANK, STATE
 
 STOP_S = 8.0
 """How long a role has to end by itself after SIGTERM."""
@@ -108,19 +110,24 @@ def roles_of(cluster: ClusterConfig, directory: Path, endpoint: str) -> list[Rol
     for rank, row in enumerate(workers):
         arguments = ["esync.worker.cli", *file, *joins, *common]
         arguments += ["--name", row.name, "--rank", str(rank)]
-        rows.append((row.name, arguments, environment_of(row)))
-    evaluator = ["esync.worker.cli", "--evaluate", "--name", "evaluator", *joins, *common]
-    rows.append(("evaluator", evaluator, environment_of(workers[0])))
-    hosts = {row.name: row.host for row in workers}
+        environment = environment_of(row)
+        environment |= {STATE: endpoint, NAME: row.name, RANK: str(rank)} if row.command else {}
+        rows.append((row.name, arguments, environment))
+    if cluster.run.model != OWN:
+        evaluator = ["esync.worker.cli", "--evaluate", "--name", "evaluator", *joins, *common]
+        rows.append(("evaluator", evaluator, environment_of(workers[0])))
+    by_name = {row.name: row for row in workers}
     roles = []
     for name, arguments, env in rows:
+        worker = by_name.get(name, WorkerConfig())
         command = [sys.executable, "-m", *arguments]
-        if host := hosts.get(name, ""):
-            row = workers[[w.name for w in workers].index(name)]
+        if worker.command:
+            command = shlex.split(worker.command)
+        elif worker.host:
             command = ["esync-worker", *joins, "--name", name, "--rank", arguments[-1]]
-            command += ["--device", row.device, "--step-time", str(row.step_time_s)]
-            command += ["--slowdown", str(row.slowdown)]
-        roles.append(Role(name, command, env, directory / f"{name}.log", host))
+            command += ["--device", worker.device, "--step-time", str(worker.step_time_s)]
+            command += ["--slowdown", str(worker.slowdown)]
+        roles.append(Role(name, command, env, directory / f"{name}.log", worker.host))
     return roles
 
 

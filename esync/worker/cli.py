@@ -14,7 +14,7 @@ from esync.journal import Journal
 
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 100})
-@cli.options_of(WorkerConfig, skip=("count", "host"))
+@cli.options_of(WorkerConfig, skip=("count", "host", "command"))
 @click.option("--rank", type=int, help="The rank asked for.  [default: given on joining]")
 @click.option(
     "--evaluate", is_flag=True, help="Do not train: evaluate each new model on the test set."

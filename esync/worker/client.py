@@ -38,9 +38,11 @@ class Worker:
     """Takes part in a run.
 
     Args:
-        state: the state server's endpoint; everything else comes from there.
+        state: the state server's endpoint; everything else comes from there. Default: $ESYNC_STATE, else port
+            10010 of this machine.
         name: this worker's id, unique in the run; a worker that comes back under its id keeps its rank.
-        rank: the rank asked for; given if it is free.
+            Default: $ESYNC_NAME, else the host's name and the process id.
+        rank: the rank asked for; given if it is free. Default: $ESYNC_RANK, else the lowest free one.
         wait_s: how long to wait for the state server's first answer.
         say: called with lines for the user, such as what is being waited for.
 
@@ -51,7 +53,7 @@ class Worker:
 
     def __init__(
         self,
-        state: str = transport.DEFAULT_STATE,
+        state: str = "",
         *,
         name: str = "",
         rank: int | None = None,
@@ -61,7 +63,12 @@ class Worker:
         context: zmq.Context[Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.name = name or f"{transport.hostname()}-{os.getpid()}"
+        state = state or os.environ.get(transport.STATE) or transport.DEFAULT_STATE
+        self.name = (
+            name or os.environ.get(transport.NAME) or f"{transport.hostname()}-{os.getpid()}"
+        )
+        if rank is None and os.environ.get(transport.RANK, "").isdigit():
+            rank = int(os.environ[transport.RANK])
         join = Join(
             self.name, role, rank=rank, host=transport.hostname(), device=device or _device_name()
         )

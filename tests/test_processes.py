@@ -1,0 +1,361 @@
+"""Real processes: the console commands, kill -9, Ctrl-C, and the errors that users meet."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "PYTHONUNBUFFERED": "1",
+}
+QUICK = ["--dataset", "digits", "--batch-size", "16", "--lr", "0.1"]
+
+
+class Processes:
+    """Starts console commands; whatever still runs at the end of the test is killed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, name: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+        with open(self.directory / f"{name}.out", "ab") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=ENVIRONMENT,
+                cwd=ROOT,
+            )
+        self.started.append(process)
+        return process
+
+    def output(self, name: str) -> str:
+        return (self.directory / f"{name}.out").read_text()
+
+    def wait_for(self, name: str, text: str, timeout_s: float = 60.0) -> re.Match[str]:
+        """Wait until a process has printed something."""
+        return self.until(lambda: re.search(text, self.output(name)), f"{text!r} of {name}", timeout_s)
+
+    def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            value = condition()
+            if value:
+                return value
+            if time.monotonic() > deadline:
+                outputs = {p.name: p.read_text()[-2000:] for p in self.directory.glob("*.out")}
+                raise AssertionError(f"waited {timeout_s} s for {what}; outputs: {outputs}")
+            time.sleep(0.05)
+
+    def kill_all(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    started = Processes(tmp_path)
+    yield started
+    started.kill_all()
+
+
+def command(module: str, *arguments: str, timeout_s: float = 60.0) -> tuple[int, str]:
+    """Run a console command to its end; returns its exit status and everything that it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        timeout=timeout_s,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_killed_workers_are_missed_and_the_run_goes_on_and_takes_new_ones(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """Kill -9 of a fast worker, then of the slowest; the others end the run; a new one takes part."""
+    run = tmp_path / "run"
+    processes.start(
+        "state",
+        "esync.state.cli",
+        *["--bind", "tcp://127.0.0.1:*", "--workers", "3", "--run-dir", str(run)],
+        *["--heartbeat", "2", "--evaluate-every", "0.5", *QUICK],
+    )
+    endpoint = processes.wait_for("state", r"state server at (tcp://\S+):").group(1)
+    join = ["--connect", endpoint, "--run-dir", str(run)]
+    processes.start("ps", "esync.ps.cli", *join)
+    workers = {
+        name: processes.start(
+            name, "esync.worker.cli", *join, "--name", name, "--step-time", seconds
+        )
+        for name, seconds in (("fast-0", "0.02"), ("fast-1", "0.02"), ("slow", "0.4"))
+    }
+    rounds = run / "state.jsonl"
+
+    def version() -> int:
+        lines = [json.loads(line) for line in rounds.read_text().splitlines()]
+        return max((line["round"] for line in lines if line["event"] == "round"), default=0)
+
+    def more_rounds(count: int) -> None:
+        goal = version() + count
+        processes.until(lambda: version() >= goal, f"round {goal}", 30)
+
+    processes.wait_for("state", "the run starts with 3 workers")
+    more_rounds(3)
+    workers["fast-0"].kill()
+    processes.wait_for("state", r"fast-0 left: evicted", 15)
+    more_rounds(3)
+    workers["slow"].kill()
+    processes.wait_for("state", r"slow left: evicted", 15)
+    more_rounds(3)
+    back = processes.start(
+        "back", "esync.worker.cli", *join, "--name", "slow", "--step-time", "0.1"
+    )
+    processes.until(
+        lambda: (run / "slow.jsonl").read_text().count('"event": "round"') > 8,
+        "rounds of the worker that came back",
+    )
+    processes.started[0].send_signal(signal.SIGTERM)
+    for process in processes.started:
+        process.wait(30)
+    assert workers["fast-1"].returncode == back.returncode == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["ended"] == "interrupted"
+    passages = {(row["name"], row["left_why"][:7]) for row in summary["workers"]}
+    assert passages == {
+        ("fast-0", "evicted"),
+        ("fast-1", "done"),
+        ("slow", "evicted"),
+        ("slow", "done"),
+    }
+    ranks = {row["rank"] for row in summary["workers"] if row["name"] == "slow"}
+    assert len(ranks) == 1, "a worker that comes back keeps its rank"
+
+
+def test_esync_run_trains_and_leaves_everything_behind(tmp_path: Path) -> None:
+    """Two workers of unequal speed on the handwritten digits, started by one command."""
+    status, output = command(
+        "esync.run.cli",
+        str(_cluster(tmp_path)),
+        *["--runs", str(tmp_path / "runs"), "--name", "it", "--rounds", "12"],
+        *["--evaluate-every", "0.5"],
+        timeout_s=110,
+    )
+    assert status == 0, output
+    assert "side by side" in output
+    run = tmp_path / "runs" / "it"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["rounds"] == 12
+    assert summary["dataset"] == "digits"
+    assert len(summary["split_digest"]) == 16
+    assert summary["final_accuracy"] > 0.5
+    assert summary["bytes_up"] > 0
+    assert summary["bytes_down"] > 0
+    assert set(summary["time_to"]) == {"0.7", "0.8", "0.85", "0.9"}
+    steps = {row["name"]: row["steps"] for row in summary["workers"]}
+    assert steps["fast"] > 3 * steps["slow"]
+    for name in ("state", "ps", "fast", "slow", "evaluator"):
+        lines = (run / f"{name}.jsonl").read_text().splitlines()
+        assert all({"t", "role", "event"} <= json.loads(line).keys() for line in lines)
+        assert lines, name
+    assert (run / "model.safetensors").exists()
+    status, output = command("esync.report.cli", str(run), str(run))
+    assert status == 0, output
+    assert "speed-up" in output
+
+
+def test_a_dead_role_is_named_with_its_reason_and_ends_the_run(tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text(
+        """
+[run]
+dataset = "digits"
+model = "own"
+[state]
+bind = "tcp://127.0.0.1:*"
+[[workers]]
+name = "unlucky"
+command = "sh -c 'echo the reason; exit 3'"
+[[workers]]
+name = "patient"
+command = "sleep 60"
+"""
+    )
+    began = time.monotonic()
+    status, output = command(
+        "esync.run.cli", str(cluster), "--runs", str(tmp_path / "runs"), "--name", "it"
+    )
+    assert status == 1
+    assert re.search(r"unlucky died: exit status 3\s+the reason", output)
+    assert time.monotonic() - began < 40
+    assert not _living(str(tmp_path)), "processes were left behind"
+
+
+def test_ctrl_c_ends_the_run_with_a_summary_and_leaves_no_process(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "it"
+    with open(tmp_path / "out", "wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "esync.run.cli", str(_cluster(tmp_path))]
+            + ["--runs", str(tmp_path / "runs"), "--name", "it"],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=ENVIRONMENT,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while '"event": "round"' not in _text(run / "state.jsonl"):
+            assert time.monotonic() < deadline, _text(tmp_path / "out")
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0, _text(tmp_path / "out")
+    finally:
+        process.kill()
+        process.wait()
+    assert json.loads((run / "summary.json").read_text())["ended"] == "interrupted"
+    assert (run / "model.safetensors").exists()
+    assert not _living(str(tmp_path)), "processes were left behind"
+
+
+ERRORS = {
+    "unknown mode": (
+        ["esync.state.cli", "--mode", "esink"],
+        r"'esink' is not one of",
+    ),
+    "unknown model": (
+        ["esync.state.cli", "--model", "resnet18"],
+        r"unknown model 'resnet18'. Did you mean 'resnet18-v1'\?",
+    ),
+    "unknown data set": (
+        ["esync.state.cli", "--dataset", "fashion"],
+        r"unknown data set 'fashion'. Did you mean 'fashion-mnist'\?",
+    ),
+    "beyond loopback": (
+        ["esync.state.cli", "--bind", "tcp://0.0.0.0:*"],
+        r"can be reached from other machines.*--insecure",
+    ),
+    "not an endpoint": (
+        ["esync.worker.cli", "--connect", "localhost"],
+        r"'localhost' is not an endpoint; expected tcp://HOST:PORT",
+    ),
+    "no state server": (
+        ["esync.worker.cli", "--connect", "tcp://127.0.0.1:9", "--wait", "1"],
+        r"no state server answered at tcp://127.0.0.1:9 within 1 s. Is esync-state running there",
+    ),
+    "no state server for the parameter server": (
+        ["esync.ps.cli", "--connect", "tcp://127.0.0.1:9", "--wait", "1"],
+        r"no state server answered at tcp://127.0.0.1:9",
+    ),
+    "no GPU for a worker": (
+        ["esync.worker.cli", "--device", "gpu:0"],
+        r"JAX finds no gpu on this machine.*use --device cpu",
+    ),
+    "no CUDA for the parameter server": (
+        ["esync.ps.cli", "--device", "cuda"],
+        r"(needs CuPy|no CUDA device).*use --device cpu",
+    ),
+    "no such file": (["esync.run.cli", "nowhere.toml"], r"cannot read nowhere.toml: No such file"),
+    "no such run": (["esync.report.cli", "nowhere"], r"cannot read nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_is_one_line_that_says_what_to_do(name: str) -> None:
+    (module, *arguments), expected = ERRORS[name]
+    status, output = command(module, *arguments)
+    assert status in (1, 2), output
+    assert re.search(expected, output, re.DOTALL), output
+    assert "Traceback" not in output
+
+
+def test_a_port_in_use_is_said_to_be_in_use(processes: Processes) -> None:
+    processes.start("state", "esync.state.cli", "--bind", "tcp://127.0.0.1:*")
+    endpoint = processes.wait_for("state", r"state server at (tcp://\S+):").group(1)
+    status, output = command("esync.state.cli", "--bind", endpoint)
+    assert status == 1
+    assert "already in use" in output
+    assert "Traceback" not in output
+
+
+def test_missing_data_is_said_by_the_worker_that_misses_it(
+    processes: Processes, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    processes.start(
+        "state",
+        "esync.state.cli",
+        *["--bind", "tcp://127.0.0.1:*", "--data-dir", str(empty)],
+    )
+    endpoint = processes.wait_for("state", r"state server at (tcp://\S+):").group(1)
+    processes.start("ps", "esync.ps.cli", "--connect", endpoint)
+    worker = processes.start("worker", "esync.worker.cli", "--connect", endpoint)
+    assert worker.wait(60) == 1
+    assert re.search(r"error: .*train-images", processes.output("worker"), re.DOTALL)
+    assert "Traceback" not in processes.output("worker")
+
+
+@pytest.mark.parametrize("module", ["state", "ps", "worker", "run", "report"])
+def test_help_is_quick_and_complete(module: str) -> None:
+    status, output = command(f"esync.{module}.cli", "--help")
+    assert status == 0
+    assert "Usage:" in output
+
+
+def _cluster(directory: Path) -> Path:
+    path = directory / "cluster.toml"
+    path.write_text(
+        """
+[run]
+dataset = "digits"
+batch_size = 16
+lr = 0.1
+[state]
+bind = "tcp://127.0.0.1:*"
+[[workers]]
+name = "fast"
+step_time_s = 0.02
+[[workers]]
+name = "slow"
+step_time_s = 0.3
+"""
+    )
+    return path
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _living(mark: str) -> list[str]:
+    """Command lines of the processes that mention `mark`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if mark in line:
+                found.append(line)
+    return found
