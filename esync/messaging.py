@@ -139,7 +139,7 @@ class MessageServer:
                 self._handle(peer, frame)
                 self._flush()
             self._routing = False
-            if self.socket.get(zmq.EVENTS) & POLLIN:
+            if int(self.socket.get(zmq.EVENTS)) & POLLIN:
                 self._receive()
             if self._queue:
                 await asyncio.sleep(0)  # timers and other readers get their turn

@@ -268,7 +268,9 @@ class TensorThread(threading.Thread):
         if message.steps < 0 or message.samples < 0:
             raise MessageError("bad-field", "steps and samples are not negative")
         if 0 < self._config.rounds <= self.aggregation.version:
-            self.counters["after-the-end"] += 1  # the last version is the last, however fast the workers are
+            self.counters["after-the-end"] += (
+                1  # the last version is the last, however fast the workers are
+            )
             return
         data = self._backend.load(payload)
         if not self._backend.is_finite(data):

@@ -47,7 +47,8 @@ def seconds(value: float | None, wall_s: float) -> str:
 def comparison(summaries: list[dict[str, Any]]) -> Table:
     """Time to each accuracy, speed, traffic, and every worker's share of time computing; the last run is the
     one that the others' speed-ups are measured against."""
-    table = Table(title="side by side", title_justify="left", header_style="bold")
+    title_text = "side by side" if len(summaries) > 1 else "summary"
+    table = Table(title=title_text, title_justify="left", header_style="bold")
     table.add_column("")
     for summary in summaries:
         table.add_column(title(summary), justify="right")
@@ -61,7 +62,8 @@ def comparison(summaries: list[dict[str, Any]]) -> Table:
         if any(cells):
             table.add_row(f"speed-up to {float(threshold):.2f}", *cells, "1x")
     table.add_section()
-    table.add_row("final accuracy", *(_accuracy(s["final_accuracy"]) for s in summaries))
+    if any(s["final_accuracy"] is not None for s in summaries):
+        table.add_row("final accuracy", *(_accuracy(s["final_accuracy"]) for s in summaries))
     table.add_row("samples per second", *(f"{s['samples_per_s']:.0f}" for s in summaries))
     table.add_row("rounds", *(str(s["rounds"]) for s in summaries))
     table.add_row("seconds", *(f"{s['wall_s']:.1f}" for s in summaries))

@@ -9,6 +9,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from esync.config import OWN
+
 PHASES = {
     "loading": "loading",
     "joined": "joined",
@@ -46,8 +48,10 @@ def progress(status: dict[str, Any]) -> tuple[float, float | None]:
 
 def headline(status: dict[str, Any]) -> str:
     """The run in one line."""
+    own = status["model"] == OWN
     parts = [
-        f"{status['mode']} · {status['model']} on {status['dataset']}",
+        f"{status['mode']} · "
+        + ("own loop" if own else f"{status['model']} on {status['dataset']}"),
         f"round {status['round']}" + (f"/{status['rounds']}" if status["rounds"] else ""),
         f"{duration(status['elapsed_s'])}"
         + (f"/{duration(status['duration_s'])}" if status["duration_s"] else ""),
@@ -85,7 +89,9 @@ def live_table(status: dict[str, Any], waiting_for: str) -> Group:
     share, left = progress(status)
     parts: list[Any] = [Text(headline(status), style="bold")]
     if left is not None:
-        parts.append(ProgressBar(total=1.0, completed=share, width=60))
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(ProgressBar(total=1.0, completed=share, width=60), f"{share:.0%}")
+        parts.append(bar)
     if status["stopped"]:
         parts.append(Text(f"ending: {status['stopped']}"))
     elif waiting_for:

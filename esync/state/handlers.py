@@ -480,7 +480,9 @@ class Handlers:
                     "steps": r.totals.get("steps", 0),
                     "compute_ratio": compute_ratio(r.totals),
                 }
-                for r in sorted(self.table.records.values(), key=lambda r: (r.role, r.rank))
+                for r in sorted(
+                    self.table.records.values(), key=lambda r: (r.role != "worker", r.rank)
+                )
             ],
         }
 
