@@ -102,27 +102,43 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, *, insecure: bool = False) ->
     return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
 
-def reachable(bound: str, seen_from: str) -> str:
-    """The endpoint others should connect to, for a socket bound to `bound`.
+def advertised(bound: str, seen_from: str) -> str:
+    """The endpoint to be told to others, for a socket bound to `bound`.
 
-    A wildcard host becomes the address from which this machine reaches `seen_from` (the state server).
+    A wildcard host becomes the address from which this machine reaches `seen_from`, the state server. If that
+    is on this machine too, the host stays a wildcard, and whoever is told takes the host by which it
+    reaches the state server itself: see `resolved`.
     """
-    if not bound.startswith("tcp://"):
+    if not _is_wildcard(bound):
         return bound
-    host, _, port = bound.removeprefix("tcp://").rpartition(":")
-    if host.strip("[]") not in ("0.0.0.0", "*", "::"):
-        return bound
-    if not seen_from.startswith("tcp://"):
-        return f"tcp://127.0.0.1:{port}"
-    target = host_of(seen_from)
+    port = bound.rpartition(":")[2]
+    own = _own_address(host_of(seen_from)) if seen_from.startswith("tcp://") else "127.0.0.1"
+    if ipaddress.ip_address(own).is_loopback:
+        return f"tcp://*:{port}"
+    return f"tcp://[{own}]:{port}" if ":" in own else f"tcp://{own}:{port}"
+
+
+def resolved(endpoint: str, state: str) -> str:
+    """The endpoint to connect to, for one that was told to us by the state server at `state`."""
+    if not _is_wildcard(endpoint):
+        return endpoint
+    host = state.removeprefix("tcp://").rpartition(":")[0] if state.startswith("tcp://") else ""
+    return f"tcp://{host or '127.0.0.1'}:{endpoint.rpartition(':')[2]}"
+
+
+def _is_wildcard(endpoint: str) -> bool:
+    return endpoint.startswith("tcp://") and host_of(endpoint) in ("0.0.0.0", "*", "::")
+
+
+def _own_address(target: str) -> str:
+    """This machine's address on the way to `target`."""
     family = _socket.AF_INET6 if ":" in target else _socket.AF_INET
     with _socket.socket(family, _socket.SOCK_DGRAM) as probe:  # a UDP connect sends nothing
         try:
             probe.connect((target, 9))
-            own = str(probe.getsockname()[0])
+            return str(probe.getsockname()[0])
         except OSError as error:
-            raise TransportError(f"cannot find a route to {seen_from}: {error}") from error
-    return f"tcp://[{own}]:{port}" if ":" in own else f"tcp://{own}:{port}"
+            raise TransportError(f"cannot find a route to {target}: {error}") from error
 
 
 def _socket_of(context: zmq.Context[Any], kind: int, max_bytes: int) -> zmq.Socket[bytes]:

@@ -252,7 +252,7 @@ class Immediate(Aggregation):
     def set_members(self, ranks: Mapping[str, int]) -> list[Event]:
         self._workers = max(1, len(ranks))
         for worker in self._progress.keys() - ranks.keys():
-            del self._progress[worker]
+            self._progress[worker].sent = None  # its round stays known: an update counts once
         return []
 
     def _receive(self, update: Contribution) -> list[Event]:

@@ -410,8 +410,8 @@ class ParameterServer:
                 self._xpub, self._endpoint("model", self.config.model_port), insecure=insecure
             )
             self.endpoints = {
-                "push": transport.reachable(push, state),
-                "model": transport.reachable(model, state),
+                "push": transport.advertised(push, state),
+                "model": transport.advertised(model, state),
             }
             self._socket = transport.dealer(self._context, self.name, state)
         except BaseException:

@@ -124,7 +124,8 @@ def _print_commands(cluster: ClusterConfig, directory: Path) -> None:
     cluster = replace(cluster, state=replace(cluster.state, bind=bind))
     launcher.write_config(cluster, directory / "cluster.toml")
     outside = next((row.host for row in cluster.each_worker() if row.host), "127.0.0.1")
-    endpoint = transport.reachable(bind, f"tcp://{outside}:1")
+    endpoint = transport.advertised(bind, f"tcp://{outside.rpartition('@')[2]}:1")
+    endpoint = transport.resolved(endpoint, "tcp://127.0.0.1:1")
     for role in launcher.roles_of(cluster, directory, endpoint):
         variables = [f"{key}={value}" for key, value in role.environment.items()]
         click.echo(
@@ -160,7 +161,7 @@ class _Run:
         endpoint = launcher.wait_for_endpoint(self.directory, state)
         if endpoint is None:
             raise EsyncError(f"the state server did not start: {state.why()}")
-        self.endpoint = transport.reachable(endpoint, "tcp://127.0.0.1:1")
+        self.endpoint = transport.resolved(endpoint, "tcp://127.0.0.1:1")
         others = launcher.roles_of(self.cluster, self.directory, self.endpoint)[1:]
         for role in others:
             self.roles.append(role)

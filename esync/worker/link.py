@@ -248,6 +248,7 @@ class Link(threading.Thread):
         push, model = message.endpoints.get("push"), message.endpoints.get("model")
         if not isinstance(push, str) or not isinstance(model, str):
             raise MessageError("bad-field", "welcome.endpoints need push and model")
+        push, model = (transport.resolved(x, self._state) for x in (push, model))
         self._push = transport.push(self._context, push)
         own = f"w/{self._join.worker}/".encode()
         topics = [own] if self._join.role == "evaluator" else [b"model", own]

@@ -1,0 +1,459 @@
+"""What becomes of updates: averages against independent NumPy, deaths in mid-update, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from esync import tensors
+from esync.config import RunConfig
+from esync.ps.aggregation import (
+    INITIAL,
+    Completed,
+    Contribution,
+    Immediate,
+    Mean,
+    Published,
+    Refused,
+)
+from esync.ps.backend import NumpyBackend
+from esync.tensors import DELTA, VALUE, Layout, Leaf
+
+DELTAS, VALUES = 7, 4
+SIZE = DELTAS + VALUES
+CHUNKS = 5  # deltas 3 + 3 + 1, values 3 + 1
+property_test = settings(
+    deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(autouse=True)
+def _several_chunks(monkeypatch):
+    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 3)
+
+
+def layout():
+    made = Layout((Leaf(DELTA, "w", (DELTAS,), "float32"), Leaf(VALUE, "s", (VALUES,), "float32")))
+    assert len(made.chunks) == CHUNKS
+    return made
+
+
+def vector(seed):
+    return np.random.default_rng(seed).normal(size=SIZE).astype(np.float32)
+
+
+@dataclass
+class Server:
+    """An aggregation with its model, taking whole updates or single chunks."""
+
+    aggregation: Mean | Immediate
+
+    @classmethod
+    def of(cls, kind, members=(), initial=None, ordered=None, **config):
+        options = {} if ordered is None else {"ordered": ordered}
+        server = cls(kind(layout(), NumpyBackend(), RunConfig(**config), **options))
+        if initial is not None:
+            server.push("w0", INITIAL, initial)
+        server.members(*members)
+        return server
+
+    def members(self, *workers):
+        return self.aggregation.set_members({w: rank for rank, w in enumerate(workers)})
+
+    def chunk(self, worker, round, vector, chunk, samples=1):
+        at = self.aggregation.layout.chunks[chunk]
+        data = vector[at.start : at.stop].copy()
+        data.flags.writeable = False
+        update = Contribution(worker, round, chunk, data, samples=samples)
+        return self.aggregation.receive(update)
+
+    def push(self, worker, round, vector, samples=1, chunks=range(CHUNKS)):
+        return [event for i in chunks for event in self.chunk(worker, round, vector, i, samples)]
+
+    @property
+    def model(self):
+        return np.concatenate(self.aggregation.chunks)
+
+    @property
+    def version(self):
+        return self.aggregation.version
+
+
+def averaged(model, updates, weights, global_lr=1.0):
+    """One round, written down independently: float64, deltas and values apart."""
+    mean = np.average(np.array(updates, np.float64), axis=0, weights=weights)
+    return np.concatenate([model[:DELTAS] + global_lr * mean[:DELTAS], mean[DELTAS:]])
+
+
+def completed(events):
+    return [event for event in events if isinstance(event, Completed)]
+
+
+def published(events):
+    return [event for event in events if isinstance(event, Published)]
+
+
+def refused(events):
+    return [event.reason for event in events if isinstance(event, Refused)]
+
+
+# The initial model
+
+
+@pytest.mark.parametrize("kind", [Mean, Immediate])
+def test_the_first_model_is_whatever_arrives_first_chunk_by_chunk(kind):
+    server = Server.of(kind)
+    assert server.version == -1
+    assert server.aggregation.missing("w0", INITIAL) == list(range(CHUNKS))
+    assert server.aggregation.missing("w0", 0) == []
+    assert server.push("w0", INITIAL, vector(0), chunks=range(4)) == []
+    assert server.aggregation.missing("w1", INITIAL) == [4]
+    assert refused(server.chunk("w1", INITIAL, vector(1), 2)) == ["double"]
+    events = server.chunk("w1", INITIAL, vector(0), 4)
+    assert [(event.version, event.chunk, event.worker) for event in published(events)] == [
+        (0, i, None) for i in range(CHUNKS)
+    ]
+    assert completed(events) == [Completed(0, frozenset())]
+    np.testing.assert_array_equal(server.model, vector(0))
+
+
+@pytest.mark.parametrize("kind", [Mean, Immediate])
+def test_before_there_is_a_model_an_update_is_early(kind):
+    server = Server.of(kind)
+    assert refused(server.push("w0", 0, vector(0))) == ["early"] * CHUNKS
+    assert server.version == -1
+
+
+@pytest.mark.parametrize("kind", [Mean, Immediate])
+def test_a_second_initial_model_changes_nothing(kind):
+    server = Server.of(kind, ["w0"], vector(0))
+    if kind is Mean:
+        assert refused(server.push("w1", INITIAL, vector(1))) == ["late"] * CHUNKS
+        np.testing.assert_array_equal(server.model, vector(0))
+        assert server.version == 0
+
+
+# The mean
+
+
+@property_test
+@given(st.integers(1, 4), st.integers(0, 2**32), st.sampled_from([1.0, 0.5, 2.0]), st.booleans())
+def test_rounds_of_the_mean_follow_the_recurrence(workers, seed, global_lr, ordered):
+    names = [f"w{i}" for i in range(workers)]
+    server = Server.of(Mean, names, vector(seed), ordered, global_lr=global_lr)
+    expected = vector(seed).astype(np.float64)
+    for round in range(4):
+        updates = [vector([seed, round, i]) for i in range(workers)]
+        expected = averaged(expected, updates, np.ones(workers), global_lr)
+        for name, update in zip(names, updates, strict=True):
+            events = server.push(name, round, update)
+        assert completed(events) == [Completed(round + 1, frozenset(names))]
+        np.testing.assert_allclose(server.model, expected, rtol=1e-4, atol=1e-5)
+
+
+@property_test
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=4), st.booleans())
+def test_weights_may_be_samples(samples, ordered):
+    names = [f"w{i}" for i in range(len(samples))]
+    server = Server.of(Mean, names, vector(9), ordered, weights="samples")
+    updates = [vector(i) for i in range(len(samples))]
+    for name, update, n in zip(names, updates, samples, strict=True):
+        server.push(name, 0, update, n)
+    expected = averaged(vector(9), updates, samples)
+    np.testing.assert_allclose(server.model, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_weights_do_not_look_at_samples():
+    server = Server.of(Mean, ["w0", "w1"], vector(9))
+    server.push("w0", 0, vector(0), samples=1)
+    server.push("w1", 0, vector(1), samples=1000)
+    expected = averaged(vector(9), [vector(0), vector(1)], [1, 1])
+    np.testing.assert_allclose(server.model, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_global_learning_rate_scales_deltas_and_not_values():
+    server = Server.of(Mean, ["w0"], vector(9), global_lr=0.0)
+    server.push("w0", 0, vector(0))
+    np.testing.assert_array_equal(server.model[:DELTAS], vector(9)[:DELTAS])
+    np.testing.assert_array_equal(server.model[DELTAS:], vector(0)[DELTAS:])
+
+
+def test_a_chunk_is_published_the_moment_its_last_contribution_is_in():
+    server = Server.of(Mean, ["w0", "w1"], vector(9))
+    assert server.push("w0", 0, vector(0)) == []
+    events = server.chunk("w1", 0, vector(1), 3)
+    assert [(e.version, e.chunk, e.worker) for e in published(events)] == [(1, 3, None)]
+    assert server.version == 0
+    assert server.aggregation.in_progress() == published(events)
+    np.testing.assert_array_equal(server.model, vector(9))
+    events = server.push("w1", 0, vector(1), chunks=[0, 1, 2, 4])
+    assert len(published(events)) == 4
+    assert server.version == 1
+    assert server.aggregation.in_progress() == []
+
+
+@property_test
+@given(st.permutations([(w, c) for w in range(3) for c in range(CHUNKS)]), st.booleans())
+def test_chunks_may_arrive_in_any_order_and_mixed(arrivals, ordered):
+    server = Server.of(Mean, ["w0", "w1", "w2"], vector(9), ordered)
+    events = [e for w, c in arrivals for e in server.chunk(f"w{w}", 0, vector(w), c)]
+    assert sorted(e.chunk for e in published(events)) == list(range(CHUNKS))
+    assert completed(events) == [Completed(1, frozenset(["w0", "w1", "w2"]))]
+    expected = averaged(vector(9), [vector(w) for w in range(3)], [1, 1, 1])
+    np.testing.assert_allclose(server.model, expected, rtol=1e-4, atol=1e-5)
+
+
+@property_test
+@given(st.permutations([(w, c) for w in range(4) for c in range(CHUNKS)]))
+def test_in_order_of_ranks_the_result_is_the_same_bit_for_bit_for_any_arrival(arrivals):
+    def model_after(order):
+        server = Server.of(Mean, ["w3", "w1", "w0", "w2"], vector(9), True, weights="samples")
+        for w, c in order:
+            server.chunk(f"w{w}", 0, vector(w), c, samples=3 * w + 1)
+        assert server.version == 1
+        return server.model.tobytes()
+
+    assert model_after(arrivals) == model_after(sorted(arrivals))
+
+
+def test_a_worker_that_dies_in_mid_update_takes_part_in_the_chunks_that_it_delivered():
+    for ordered in (False, True):
+        server = Server.of(Mean, ["w0", "w1", "w2"], vector(9), ordered, weights="samples")
+        server.push("w0", 0, vector(0), samples=1)
+        server.push("w1", 0, vector(1), samples=2, chunks=[0, 4])
+        server.push("w2", 0, vector(2), samples=3)
+        events = server.members("w0", "w2")
+        assert completed(events) == [Completed(1, frozenset(["w0", "w1", "w2"]))]
+        updates = [vector(i) for i in range(3)]
+        everybody = averaged(vector(9), updates, [1, 2, 3])
+        survivors = averaged(vector(9), updates, [1, 0, 3])
+        expected = survivors.copy()
+        expected[:3], expected[10:] = everybody[:3], everybody[10:]
+        np.testing.assert_allclose(server.model, expected, rtol=1e-4, atol=1e-5)
+        assert not np.allclose(everybody, survivors)
+
+
+@property_test
+@given(st.lists(st.sets(st.integers(0, CHUNKS - 1)), min_size=1, max_size=3), st.booleans())
+def test_each_chunk_is_the_mean_over_exactly_those_that_arrived(delivered, ordered):
+    """The worker w0 delivers everything; the others die after the drawn chunks."""
+    dying = [f"w{i + 1}" for i in range(len(delivered))]
+    server = Server.of(Mean, ["w0", *dying], vector(9), ordered)
+    for i, chunks in enumerate(delivered):
+        server.push(f"w{i + 1}", 0, vector(i + 1), chunks=sorted(chunks))
+    server.push("w0", 0, vector(0))
+    server.members("w0")
+    assert server.version == 1
+    for c, chunk in enumerate(server.aggregation.layout.chunks):
+        there = [vector(0)] + [vector(i + 1) for i, d in enumerate(delivered) if c in d]
+        expected = averaged(vector(9), there, np.ones(len(there)))
+        np.testing.assert_allclose(
+            server.aggregation.chunks[c], expected[chunk.start : chunk.stop], rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_is_late_double_or_early_is_refused_and_changes_nothing(ordered):
+    server = Server.of(Mean, ["w0", "w1"], vector(9), ordered)
+    server.push("w0", 0, vector(0))
+    assert refused(server.push("w0", 0, vector(5))) == ["double"] * CHUNKS
+    assert refused(server.push("w0", 1, vector(5))) == ["early"] * CHUNKS
+    server.chunk("w1", 0, vector(1), 2)
+    assert refused(server.chunk("w1", 0, vector(5), 2)) == ["late"]
+    server.push("w1", 0, vector(1), chunks=[0, 1, 3, 4])
+    assert refused(server.push("w1", 0, vector(5))) == ["late"] * CHUNKS
+    assert server.version == 1
+    expected = averaged(vector(9), [vector(0), vector(1)], [1, 1])
+    np.testing.assert_allclose(server.model, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_worker_that_is_not_yet_expected_is_included_if_it_comes_in_time():
+    server = Server.of(Mean, ["w0", "w1"], vector(9))
+    server.push("w0", 0, vector(0))
+    assert server.push("new", 0, vector(2)) == []
+    events = server.push("w1", 0, vector(1))
+    assert completed(events) == [Completed(1, frozenset(["w0", "w1", "new"]))]
+    expected = averaged(vector(9), [vector(0), vector(1), vector(2)], [1, 1, 1])
+    np.testing.assert_allclose(server.model, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_member_is_waited_for_from_then_on():
+    server = Server.of(Mean, ["w0"], vector(9))
+    server.members("w0", "w1")
+    assert completed(server.push("w0", 0, vector(0))) == []
+    assert completed(server.push("w1", 0, vector(1))) == [Completed(1, frozenset(["w0", "w1"]))]
+
+
+def test_members_that_leave_complete_a_round_only_if_somebody_s_update_is_there():
+    server = Server.of(Mean, ["w0", "w1"], vector(9))
+    assert server.members() == []
+    server.members("w0", "w1")
+    server.push("w1", 0, vector(1), chunks=[0])
+    events = server.members()
+    assert [event.chunk for event in published(events)] == [0]
+    assert server.version == 0
+    server.members("w2")
+    events = server.push("w2", 0, vector(2))
+    assert refused(events) == ["late"]
+    assert completed(events) == [Completed(1, frozenset(["w1", "w2"]))]
+
+
+def test_missing_names_the_chunks_that_are_still_wanted():
+    server = Server.of(Mean, ["w0", "w1"], vector(9))
+    missing = server.aggregation.missing
+    assert missing("w0", 0) == list(range(CHUNKS))
+    server.push("w0", 0, vector(0), chunks=[0, 3])
+    assert missing("w0", 0) == [1, 2, 4]
+    assert missing("w0", 1) == missing("w0", INITIAL) == []
+    server.push("w1", 0, vector(1))
+    assert missing("w1", 0) == []
+    assert missing("new", 0) == [1, 2, 4]
+    server.push("w0", 0, vector(0), chunks=[1, 2, 4])
+    assert missing("w0", 0) == []
+    assert missing("w0", 1) == list(range(CHUNKS))
+
+
+# Without a barrier
+
+
+@property_test
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.sampled_from([1.0, 0.5]))
+def test_asgd_applies_each_update_as_it_arrives(pushers, global_lr):
+    server = Server.of(Immediate, ["w0", "w1", "w2"], vector(9), mode="async", global_lr=global_lr)
+    model = vector(9).astype(np.float64)
+    has = dict.fromkeys(["w0", "w1", "w2"], 0)
+    for n, number in enumerate(pushers):
+        worker, update = f"w{number}", vector(100 + n)
+        model[:DELTAS] += global_lr * update[:DELTAS]
+        model[DELTAS:] += (update[DELTAS:] - model[DELTAS:]) / 3
+        events = server.push(worker, has[worker], update)
+        assert completed(events) == [Completed(n + 1, frozenset([worker]))]
+        assert {event.worker for event in published(events)} == {worker}
+        assert [event.chunk for event in published(events)] == list(range(CHUNKS))
+        has[worker] = server.version
+        np.testing.assert_allclose(server.model, model, rtol=1e-4, atol=1e-5)
+
+
+@property_test
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.sampled_from([0.04, 2.0]))
+def test_dc_asgd_compensates_the_delay_as_published(pushers, dc_lambda):
+    """Zheng et al. 2017, equation 10: `w <- w - lr * (g + lambda * g * g * (w - w_bak))`."""
+    lr = 0.1
+    workers = ["w0", "w1", "w2"]
+    server = Server.of(
+        Immediate, workers, vector(9), mode="async", dcasgd=True, lr=lr, dc_lambda=dc_lambda
+    )
+    w = vector(9)[:DELTAS].astype(np.float64)
+    backup = {worker: w.copy() for worker in workers}
+    has = dict.fromkeys(workers, 0)
+    for worker in workers:
+        server.aggregation.sent_to(worker)
+    for n, number in enumerate(pushers):
+        worker, gradient = f"w{number}", vector(100 + n).astype(np.float64)[:DELTAS]
+        w = w - lr * (gradient + dc_lambda * gradient * gradient * (w - backup[worker]))
+        backup[worker] = w.copy()
+        update = np.concatenate([-lr * gradient, np.zeros(VALUES)]).astype(np.float32)
+        server.push(worker, has[worker], update)
+        has[worker] = server.version
+        np.testing.assert_allclose(server.model[:DELTAS], w, rtol=1e-4, atol=1e-5)
+
+
+def test_dc_asgd_without_a_known_backup_is_asgd():
+    server = Server.of(Immediate, ["w0"], vector(9), mode="async", dcasgd=True)
+    server.push("w0", 0, vector(0))
+    expected = vector(9)[:DELTAS] + vector(0)[:DELTAS]
+    np.testing.assert_allclose(server.model[:DELTAS], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_barrier_what_is_late_double_or_early_is_refused_and_changes_nothing():
+    server = Server.of(Immediate, ["w0", "w1"], vector(9), mode="async")
+    assert refused(server.push("w0", 1, vector(5))) == ["early"] * CHUNKS
+    server.push("w0", 0, vector(0))
+    server.push("w0", 1, vector(1))
+    server.chunk("w1", 0, vector(2), 3)
+    before = server.model.copy()
+    assert refused(server.push("w0", 1, vector(5))) == ["double"] * CHUNKS
+    assert refused(server.push("w0", 0, vector(5))) == ["late"] * CHUNKS
+    assert refused(server.chunk("w1", 0, vector(5), 3)) == ["double"]
+    np.testing.assert_array_equal(server.model, before)
+    assert server.version == 2
+
+
+def test_without_a_barrier_an_update_counts_once_even_if_its_worker_was_away_in_between():
+    server = Server.of(Immediate, ["w0", "w1"], vector(9), mode="async")
+    server.push("w0", 0, vector(0))
+    before = server.model.copy()
+    server.members("w1")
+    server.members("w0", "w1")
+    assert server.aggregation.missing("w0", 0) == []
+    assert refused(server.push("w0", 0, vector(0))) == ["double"] * CHUNKS
+    np.testing.assert_array_equal(server.model, before)
+
+
+def test_a_departed_worker_s_backup_is_not_kept():
+    server = Server.of(Immediate, ["w0", "w1"], vector(9), mode="async", dcasgd=True)
+    for worker in ("w0", "w1"):
+        server.aggregation.sent_to(worker)
+    server.push("w1", 0, vector(1))
+    server.members("w1")
+    before = server.model
+    server.push("w0", 0, vector(0))
+    expected = before[:DELTAS] + vector(0)[:DELTAS]
+    np.testing.assert_allclose(server.model[:DELTAS], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_barrier_missing_names_the_rest_of_an_update():
+    server = Server.of(Immediate, ["w0"], vector(9), mode="async")
+    missing = server.aggregation.missing
+    assert missing("w0", 0) == list(range(CHUNKS))
+    server.push("w0", 0, vector(0), chunks=[1, 2])
+    assert missing("w0", 0) == [0, 3, 4]
+    server.push("w0", 0, vector(0), chunks=[0, 3, 4])
+    assert missing("w0", 0) == []
+    assert missing("w0", 1) == list(range(CHUNKS))
+    server.chunk("w0", 1, vector(1), 0)
+    assert missing("w0", 0) == []
+    assert server.aggregation.in_progress() == []
+
+
+# What was published stays as it was
+
+
+@property_test
+@given(st.sampled_from(["mean", "ordered", "asgd", "dcasgd"]), st.integers(0, 1000))
+def test_published_arrays_are_never_written_to_again(kind, seed):
+    workers = ["w0", "w1"]
+    if kind in ("mean", "ordered"):
+        server = Server.of(Mean, [], None, kind == "ordered", weights="samples")
+    else:
+        server = Server.of(Immediate, [], None, mode="async", dcasgd=kind == "dcasgd")
+    events = server.push("w0", INITIAL, vector(seed))
+    server.members(*workers)
+    for worker in workers:
+        server.aggregation.sent_to(worker)
+    has = dict.fromkeys(workers, 0)
+    kept = [(event.data, event.data.copy()) for event in published(events)]
+    for round in range(4):
+        for worker in workers:
+            events = server.push(worker, has[worker], vector([seed, round]), samples=2)
+            kept += [(event.data, event.data.copy()) for event in published(events)]
+            for event in completed(events):
+                for member in event.members:
+                    has[member] = event.version
+        if kind in ("mean", "ordered"):
+            has = dict.fromkeys(workers, server.version)
+    assert len(kept) >= 5 * CHUNKS
+    for array, copy in kept:
+        np.testing.assert_array_equal(array, copy)
+
+
+def test_updates_are_never_written_to():
+    for kind in (Mean, Immediate):
+        server = Server.of(kind, ["w0"], vector(9), mode="async")
+        update = vector(0)
+        server.push("w0", 0, update)
+        np.testing.assert_array_equal(update, vector(0))

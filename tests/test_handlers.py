@@ -1,0 +1,688 @@
+"""The state server's behaviour, without sockets: what it answers to whom, at times that the test chooses."""
+
+from __future__ import annotations
+
+import pytest
+
+from esync import messages
+from esync.config import RunConfig
+from esync.messages import (
+    Error,
+    Join,
+    Leave,
+    Members,
+    MessageError,
+    Query,
+    Report,
+    Reset,
+    Response,
+    Status,
+    Welcome,
+)
+from esync.state.handlers import GOODBYE_S, Handlers, StopRun, Tick
+from esync.state.history import TOTALS
+from esync.tensors import DELTA, Layout, Leaf
+
+ENDPOINTS = {"push": "tcp://ps:1", "model": "tcp://ps:2"}
+LAYOUT = Layout((Leaf(DELTA, "params/w", (3,), "float32"),))
+OTHER = Layout((Leaf(DELTA, "params/w", (4,), "float32"),))
+
+
+class Server:
+    """The handlers, a clock to be set, and everything that was sent."""
+
+    def __init__(self, **config):
+        self.now = 100.0
+        self.sent = []
+        self.said = []
+        self.finished = 0
+        self.handlers = Handlers(
+            RunConfig(**config),
+            self._send,
+            lambda: self.now,
+            say=self.said.append,
+            finished=self._finish,
+        )
+
+    def _send(self, peer, message):
+        assert messages.decode(messages.encode(message)) == message
+        self.sent.append((peer.decode(), message))
+
+    def _finish(self):
+        self.finished += 1
+
+    def gets(self, message, peer=None):
+        """What is sent when `message` arrives."""
+        self.sent.clear()
+        if peer is None:
+            peer = getattr(message, "worker", "")
+        self.handlers.table_of_handlers()[type(message)](peer.encode(), message)
+        return list(self.sent)
+
+    def refuses(self, message, peer=None):
+        with pytest.raises(MessageError) as caught:
+            self.gets(message, peer)
+        return caught.value
+
+    def ps(self):
+        return self.gets(Join("ps", "ps", host="head", endpoints=dict(ENDPOINTS)))
+
+    def member(self, worker, **options):
+        """A worker that joined and asks for its first step."""
+        self.gets(Join(worker, "worker", device="cpu", **options))
+        self.gets(Join(worker, "worker", layout=LAYOUT.to_wire(), **options))
+        return self.gets(Query(worker, self.handlers.history.version, 0))
+
+    def tick(self, seconds=0.0):
+        self.now += seconds
+        return self.gets(Tick())
+
+    def beat(self, *workers):
+        for worker in workers:
+            self.gets(Report(worker, 0, 0, "train"))
+
+    @property
+    def table(self):
+        return self.handlers.table
+
+
+def running(*workers, **config):
+    """A server with a parameter server and these workers, started."""
+    server = Server(workers=len(workers), **config)
+    server.ps()
+    for worker in workers:
+        server.member(worker)
+    return server
+
+
+def to(peer, sent):
+    return [message for receiver, message in sent if receiver == peer]
+
+
+# Joining
+
+
+def test_a_worker_that_is_here_before_the_parameter_server_is_told_what_it_waits_for():
+    server = Server()
+    assert server.gets(Join("a", "worker")) == [("a", Status(waiting_for="the parameter server"))]
+    sent = server.ps()
+    (welcome,) = to("a", sent)
+    assert isinstance(welcome, Welcome)
+    assert welcome.endpoints == ENDPOINTS
+    assert welcome.rank == 0
+    assert isinstance(to("ps", sent)[0], Welcome)
+
+
+def test_a_worker_that_comes_after_the_parameter_server_is_welcomed_at_once():
+    server = Server(workers=3, heartbeat_s=4.0, lr=0.125)
+    server.ps()
+    ((peer, welcome),) = server.gets(Join("a", "worker"))
+    assert peer == "a"
+    assert (welcome.rank, welcome.shares, welcome.heartbeat_s) == (0, 3, 4.0)
+    assert welcome.config == server.handlers.config.to_wire()
+    assert welcome.endpoints == ENDPOINTS
+
+
+def test_workers_that_waited_get_ranks_in_order_of_coming():
+    server = Server()
+    for worker in ("b", "a", "c"):
+        server.gets(Join(worker, "worker"))
+    sent = server.ps()
+    assert [to(worker, sent)[0].rank for worker in ("b", "a", "c")] == [0, 1, 2]
+
+
+def test_a_waiting_worker_that_asks_again_gets_one_welcome():
+    server = Server()
+    server.gets(Join("a", "worker"))
+    server.gets(Join("a", "worker"))
+    assert len(to("a", server.ps())) == 1
+
+
+def test_a_rank_that_is_asked_for_is_given_if_it_is_free():
+    server = Server(workers=4)
+    server.ps()
+    ranks = {}
+    for worker, rank in (("a", 2), ("b", 2), ("c", None), ("d", -1)):
+        ((_, welcome),) = server.gets(Join(worker, "worker", rank=rank))
+        ranks[worker] = welcome.rank
+    assert ranks == {"a": 2, "b": 0, "c": 1, "d": 3}
+
+
+def test_a_worker_that_comes_back_gets_its_rank_back_and_others_do_not_wait_for_it():
+    server = running("a", "b", "c")
+    server.gets(Leave("b"))
+    ((_, welcome),) = server.gets(Join("b", "worker"))
+    assert welcome.rank == 1
+
+
+def test_a_free_rank_goes_to_the_next_and_who_comes_back_gets_another():
+    server = running("a", "b", "c")
+    server.gets(Leave("b"))
+    ((_, welcome),) = server.gets(Join("new", "worker"))
+    assert welcome.rank == 1
+    ((_, welcome),) = server.gets(Join("b", "worker"))
+    assert welcome.rank == 3
+
+
+def test_joining_twice_under_one_id_is_one_worker():
+    server = running("a")
+    ((_, welcome),) = server.gets(Join("a", "worker"))
+    assert welcome.rank == 0
+    assert list(server.table.records) == ["a"]
+
+
+def test_the_first_layout_is_announced_to_the_parameter_server():
+    server = Server()
+    server.ps()
+    server.gets(Join("a", "worker"))
+    sent = server.gets(Join("a", "worker", layout=LAYOUT.to_wire()))
+    (members,) = to("ps", sent)
+    assert members.layout == LAYOUT.to_wire()
+    assert members.workers == {}
+    assert isinstance(to("a", sent)[0], Welcome)
+
+
+def test_another_layout_is_refused_and_the_leaf_named():
+    server = running("a")
+    server.gets(Join("b", "worker"))
+    error = server.refuses(Join("b", "worker", layout=OTHER.to_wire()))
+    assert error.code == "layout-mismatch"
+    assert "the model of b" in error.text
+    assert "params/w is float32[4]" in error.text
+    assert "float32[3]" in error.text
+    assert LAYOUT.digest in error.text
+    assert "same model code" in error.text
+    assert "b" not in [record.worker for record in server.table.active()]
+
+
+def test_a_layout_that_is_none_is_refused():
+    server = running("a")
+    assert server.refuses(Join("b", "worker", layout={"leaves": 5})).code == "bad-layout"
+
+
+def test_nobody_speaks_for_somebody_else():
+    server = running("a", "b")
+    for message in (
+        Join("a", "worker"),
+        Query("a", 0, 0),
+        Report("a", 0, 0, "train"),
+        Leave("a"),
+        Reset("ps", 5, {}),
+    ):
+        assert server.refuses(message, peer="b").code == "wrong-id"
+    assert set(server.table.records) == {"a", "b"}
+    assert server.handlers.history.version == 0
+
+
+def test_an_unknown_role_is_refused():
+    assert Server().refuses(Join("a", "spectator")).code == "bad-role"
+
+
+def test_a_parameter_server_says_where_it_is():
+    for endpoints in (None, {}, {"push": "tcp://ps:1"}, {"push": 1, "model": 2}):
+        error = Server().refuses(Join("ps", "ps", endpoints=endpoints))
+        assert error.code == "bad-field"
+
+
+def test_there_is_one_parameter_server_but_it_may_come_back():
+    server = running("a")
+    error = server.refuses(Join("ps2", "ps", endpoints=dict(ENDPOINTS)))
+    assert error.code == "second-ps"
+    elsewhere = {"push": "tcp://new:1", "model": "tcp://new:2"}
+    sent = server.gets(Join("ps", "ps", endpoints=elsewhere))
+    assert to("ps", sent)[-1].workers == {"a": 0}
+    ((_, welcome),) = server.gets(Join("b", "worker"))
+    assert welcome.endpoints == elsewhere
+
+
+def test_mode_local_takes_one_worker_and_any_evaluator():
+    server = Server(mode="local")
+    server.ps()
+    server.gets(Join("a", "worker"))
+    ((peer, error),) = server.gets(Join("b", "worker"))
+    assert (peer, error.code) == ("b", "run-full")
+    assert "a is it" in error.text
+    ((_, welcome),) = server.gets(Join("judge", "evaluator"))
+    assert welcome.rank == -1
+
+
+def test_an_evaluator_has_no_rank_and_is_not_waited_for():
+    server = Server()
+    server.ps()
+    ((_, welcome),) = server.gets(Join("judge", "evaluator", layout=LAYOUT.to_wire()))[-1:]
+    assert welcome.rank == -1
+    assert server.refuses(Query("judge", 0, 0)).code == "bad-role"
+    (response,) = server.member("a")[-1:]
+    assert response[1].action == "train"
+    assert [record.worker for record in server.table.active()] == ["a"]
+
+
+# The start
+
+
+def test_the_run_starts_when_enough_workers_have_the_model():
+    server = Server(workers=3)
+    server.ps()
+    assert server.handlers.waiting_for() == "3 more workers"
+    assert to("a", server.member("a")) == [Status(waiting_for="2 more workers")]
+    sent = server.member("b")
+    assert to("a", sent) == to("b", sent) == [Status(waiting_for="1 more worker")]
+    assert not server.handlers.status()["started"]
+    server.now += 60.0
+    sent = server.member("c")
+    for worker in ("a", "b", "c"):
+        assert to(worker, sent) == [Response(0, 0, "train", 1)]
+    assert to("ps", sent)[-1].workers == {"a": 0, "b": 1, "c": 2}
+    assert server.handlers.status()["elapsed_s"] == 0.0
+    assert all(record.since == server.now for record in server.table.active())
+
+
+def test_a_worker_at_the_gate_that_asks_again_is_counted_once():
+    server = Server(workers=2)
+    server.ps()
+    server.member("a")
+    assert to("a", server.gets(Query("a", 0, 0))) == [Status(waiting_for="1 more worker")]
+
+
+def test_a_worker_that_leaves_at_the_gate_is_missed():
+    server = Server(workers=2)
+    server.ps()
+    server.member("a")
+    server.gets(Leave("a"))
+    assert to("b", server.member("b")) == [Status(waiting_for="1 more worker")]
+    sent = server.member("c")
+    assert to("a", sent) == []
+    assert to("b", sent)[0].action == "train"
+
+
+def test_a_late_joiner_is_answered_at_once_and_announced():
+    server = running("a", "b")
+    server.gets(Reset("ps", 1, {"a": 0.0, "b": 0.0}))
+    sent = server.member("late")
+    assert to("late", sent) == [Response(1, 0, "train", 1)]
+    (members,) = to("ps", sent)
+    assert members.workers == {"a": 0, "b": 1, "late": 2}
+
+
+def test_each_announcement_has_a_later_epoch():
+    server = running("a", "b")
+    epochs = []
+    for sent in (server.member("c"), server.gets(Leave("a")), server.member("d")):
+        epochs += [m.epoch for m in to("ps", sent) if isinstance(m, Members)]
+    assert len(epochs) == 3
+    assert epochs == sorted(set(epochs))
+
+
+# Training
+
+
+def test_in_mode_sync_every_query_is_answered_with_one_step_and_sync():
+    server = running("a", "b", mode="sync")
+    assert server.gets(Query("a", 0, 0, ahead=1)) == [("a", Response(0, 0, "sync", 1))]
+
+
+def test_a_report_is_not_answered_and_a_query_is():
+    server = running("a", "b")
+    assert server.gets(Report("a", 0, 1, "train", 0.5)) == []
+    (answer,) = server.gets(Query("a", 0, 1, 0, 0.5, loss=0.75))
+    assert answer[0] == "a"
+    assert (answer[1].round, answer[1].step) == (0, 1)
+    assert server.table.records["a"].loss == 0.75
+
+
+def test_more_than_one_step_ahead_is_refused():
+    assert running("a").refuses(Query("a", 0, 0, ahead=2)).code == "bad-field"
+
+
+def test_a_worker_that_is_not_known_is_told_to_join():
+    server = running("a")
+    for message in (Query("x", 0, 0), Report("x", 0, 0, "train"), Reset("x", 1, {})):
+        error = server.refuses(message)
+        assert error.code == "unknown-worker"
+        assert "join first" in error.text
+
+
+def test_the_slowest_arriving_hurries_the_others():
+    server = running("fast", "slow")
+    for round in range(3):
+        for worker, step_s in (("fast", 0.1), ("slow", 5.0)):
+            server.gets(Query(worker, round, 0))
+            server.now += step_s
+            server.gets(Query(worker, round, 1, 0, step_s))
+    (answer,) = to("fast", server.gets(Query("fast", 3, 0, 1)))
+    assert answer.action == "train"
+    assert answer.lease > 2
+    server.gets(Query("slow", 3, 0, 1))
+    server.now += 0.5
+    sent = server.gets(Report("slow", 3, 1, "sync", 0.5))
+    assert sent == [("fast", Response(3, 0, "sync", 0))]
+    assert server.gets(Report("slow", 3, 1, "sync")) == []
+
+
+def test_delivery_is_the_time_from_the_last_step_to_the_update_s_arrival():
+    server = running("a", "b")
+    server.gets(Report("a", 0, 1, "sync", 1.0))
+    server.now += 3.0
+    server.gets(Reset("ps", 1, {"a": 0.5, "b": 0.0, "gone": 1.0, "a2": "early"}))
+    assert server.table.records["a"].delivery_s.value == pytest.approx(2.5)
+    assert server.table.records["b"].delivery_s.value == 0.0
+
+
+def test_a_heartbeat_while_the_update_travels_does_not_make_its_delivery_shorter():
+    server = running("a")
+    server.gets(Report("a", 0, 1, "sync", 1.0))
+    server.now += 2.0
+    server.gets(Report("a", 0, 1, "sync"))
+    server.now += 1.0
+    server.gets(Reset("ps", 1, {"a": 0.0}))
+    assert server.table.records["a"].delivery_s.value == pytest.approx(3.0)
+
+
+def test_the_published_policy_is_not_told_of_deliveries():
+    server = running("a", policy="paper")
+    server.gets(Report("a", 0, 1, "sync", 1.0))
+    server.now += 3.0
+    server.gets(Reset("ps", 1, {"a": 0.0}))
+    assert server.table.records["a"].delivery_s.value == 0.0
+
+
+# Silence
+
+
+def test_a_silent_worker_is_evicted_announced_and_no_longer_waited_for():
+    server = running("a", "b", heartbeat_s=4.0)
+    server.tick(3.0)
+    server.beat("a")
+    assert server.tick(1.0) == []
+    sent = server.tick(0.5)
+    (members,) = to("ps", sent)
+    assert members.workers == {"a": 0}
+    assert "b" not in server.table.records
+    assert any("b left: evicted: silent for 4 s" in line for line in server.said)
+    assert server.refuses(Report("b", 0, 0, "train")).code == "unknown-worker"
+
+
+def test_after_the_slowest_was_evicted_the_others_still_get_decisions():
+    for policy in ("adaptive", "paper"):
+        server = running("a", "b", "slow", heartbeat_s=4.0, policy=policy)
+        for worker in ("a", "b"):
+            server.gets(Query(worker, 0, 1, 0, 0.5))
+        server.gets(Query("slow", 0, 1, 0, 30.0))
+        server.gets(Query("slow", 1, 0))
+        for worker in ("a", "b"):
+            server.gets(Query(worker, 1, 0))
+            ((_, answer),) = server.gets(Query(worker, 1, 1, 0, 0.5))
+            assert answer.action == "train"
+        server.tick(3.0)
+        server.beat("a", "b")
+        server.tick(2.0)
+        for worker in ("a", "b"):
+            ((_, answer),) = server.gets(Query(worker, 1, 5, 0, 0.5))
+            assert answer.action == "sync"
+
+
+def test_any_message_is_a_sign_of_life():
+    server = running("a", heartbeat_s=4.0)
+    for message in (
+        Query("a", 0, 1),
+        Report("a", 0, 1, "train"),
+        Report("a", 0, 1, "sync"),
+        Join("a", "worker"),
+    ):
+        server.now += 3.0
+        server.gets(message)
+        server.tick()
+        assert "a" in server.table.records
+
+
+def test_an_evicted_worker_that_was_only_slow_is_a_member_again_after_joining():
+    server = running("a", "b", heartbeat_s=4.0)
+    server.tick(3.0)
+    server.beat("a")
+    server.tick(2.0)
+    sent = server.member("b")
+    assert to("b", sent)[0].action == "train"
+    assert to("ps", sent)[-1].workers == {"a": 0, "b": 1}
+
+
+def test_a_run_without_workers_waits_for_one():
+    server = running("a", heartbeat_s=4.0)
+    server.tick(5.0)
+    assert server.handlers.waiting_for() == "a worker: none is left"
+    assert server.said[-1] == "waiting for a worker: none is left"
+    assert to("b", server.member("b"))[0].action == "train"
+    assert server.handlers.waiting_for() == ""
+
+
+def test_a_worker_that_leaves_is_announced_but_one_that_never_trained_is_not():
+    server = running("a", "b")
+    server.gets(Join("c", "worker"))
+    assert to("ps", server.gets(Leave("c"))) == []
+    (members,) = to("ps", server.gets(Leave("b", "done")))
+    assert members.workers == {"a": 0}
+    server.gets(Leave("never seen"))
+    assert set(server.table.records) == {"a"}
+
+
+# The end
+
+
+def stop_of(server, sent):
+    assert server.handlers.stopped
+    return {peer for peer, message in sent if getattr(message, "action", "") == "stop"}
+
+
+def test_a_run_ends_after_its_rounds():
+    server = running("a", "b", rounds=2)
+    assert server.gets(Reset("ps", 1, {})) == []
+    sent = server.gets(Reset("ps", 2, {}))
+    assert stop_of(server, sent) == {"a", "b"}
+    assert all(message.round == 2 for _, message in sent)
+    assert server.handlers.stopped == "2 rounds"
+
+
+def test_a_run_ends_after_its_duration_which_begins_with_the_start():
+    server = Server(workers=1, duration_s=5.0)
+    server.ps()
+    server.tick(50.0)
+    server.member("a")
+    assert server.tick(4.9) == []
+    assert stop_of(server, server.tick(0.1)) == {"a"}
+    assert server.handlers.stopped == "5 seconds"
+
+
+def test_a_run_ends_at_its_target_accuracy():
+    server = running("a", target_accuracy=0.8)
+    server.gets(Join("judge", "evaluator"))
+    server.gets(Report("judge", 1, 0, "eval", accuracy=0.79))
+    assert server.handlers.stopped is None
+    sent = server.gets(Report("judge", 2, 0, "eval", accuracy=0.8))
+    assert stop_of(server, sent) == {"a", "judge"}
+    assert "0.8000" in server.handlers.stopped
+
+
+def test_without_a_target_no_accuracy_ends_a_run():
+    server = running("a")
+    server.gets(Join("judge", "evaluator"))
+    server.gets(Report("judge", 1, 0, "eval", accuracy=1.0))
+    assert server.handlers.stopped is None
+
+
+def test_after_the_end_everything_is_answered_with_stop_and_nobody_may_join():
+    server = running("a", rounds=1)
+    server.gets(Reset("ps", 1, {}))
+    assert server.gets(Query("a", 1, 0)) == [("a", Response(1, 0, "stop"))]
+    assert server.gets(Report("a", 1, 0, "train")) == [("a", Response(1, 0, "stop"))]
+    error = server.refuses(Join("b", "worker"))
+    assert error.code == "run-over"
+    assert "1 rounds" in error.text
+
+
+def test_workers_that_wait_for_a_parameter_server_are_told_of_the_end():
+    server = Server()
+    server.gets(Join("a", "worker"))
+    ((peer, error),) = server.gets(StopRun("interrupted"))
+    assert (peer, error.code) == ("a", "run-over")
+
+
+def test_everybody_leaves_then_the_parameter_server_then_the_run_is_finished_once():
+    server = running("a", "b")
+    server.gets(Join("judge", "evaluator"))
+    assert stop_of(server, server.gets(StopRun("interrupted"))) == {"a", "b", "judge"}
+    for worker in ("a", "judge"):
+        assert to("ps", server.gets(Leave(worker)))[1:] == []
+        assert server.handlers.servers
+    sent = server.gets(Leave("b"))
+    assert to("ps", sent)[-1] == Leave("ps", "interrupted")
+    assert server.finished == 0
+    server.gets(Leave("ps", "done"))
+    assert server.finished == 1
+    server.tick(1.0)
+    server.gets(StopRun("again"))
+    assert server.finished == 1
+    assert server.handlers.stopped == "interrupted"
+
+
+def test_the_end_with_nobody_here_is_the_end():
+    server = Server()
+    server.gets(StopRun("interrupted"))
+    assert server.finished == 1
+
+
+def test_a_parameter_server_that_missed_its_dismissal_is_told_again():
+    server = running("a")
+    server.gets(StopRun("interrupted"))
+    server.gets(Leave("a"))
+    assert server.tick(0.2) == [("ps", Leave("ps", "interrupted"))]
+
+
+def test_members_that_never_say_goodbye_are_waited_for_no_longer_than_that():
+    server = running("a", heartbeat_s=3600.0)
+    server.gets(StopRun("interrupted"))
+    server.tick(GOODBYE_S)
+    assert server.finished == 0
+    server.tick(1.0)
+    assert server.finished == 1
+
+
+def test_a_dead_worker_does_not_hold_up_the_end_longer_than_its_heartbeat():
+    server = running("a", "b", heartbeat_s=4.0)
+    server.gets(StopRun("interrupted"))
+    server.gets(Leave("a"))
+    sent = server.tick(4.5)
+    assert to("ps", sent)[-1] == Leave("ps", "interrupted")
+
+
+# Looking
+
+
+def test_the_status_is_the_live_table():
+    server = running("b", "a", rounds=9)
+    totals = {"steps": 3, "samples": 192, "compute_s": 3.0, "query_s": 1.0, "sync_s": 0.0}
+    server.now += 2.5
+    server.gets(Report("b", 0, 3, "train", 1.0, 192, loss=0.5, totals=totals))
+    server.gets(Query("b", 0, 3, 0, 1.0))
+    server.gets(Join("judge", "evaluator"))
+    server.gets(Reset("ps", 1, {}))
+    server.gets(Report("judge", 1, 0, "eval", loss=0.25, accuracy=0.75))
+    ((peer, answer),) = server.gets(Status(), peer="anybody")
+    assert peer == "anybody"
+    assert answer.waiting_for == ""
+    table = answer.table
+    assert (table["mode"], table["round"], table["rounds"]) == ("esync", 1, 9)
+    assert table["elapsed_s"] == pytest.approx(2.5)
+    assert table["started"]
+    assert table["stopped"] is None
+    assert (table["accuracy"], table["accuracy_round"], table["loss"]) == (0.75, 1, 0.25)
+    assert [row["worker"] for row in table["workers"]] == ["b", "a", "judge"]
+    row = table["workers"][0]
+    assert (row["rank"], row["device"], row["step"]) == (0, "cpu", 3)
+    assert (row["phase"], row["step_s"], row["loss"]) == ("train", 1.0, 0.5)
+    assert (row["steps"], row["samples"], row["compute_ratio"]) == (3, 192, 0.75)
+
+
+def test_the_status_before_anything_happened_says_what_is_missing():
+    ((_, answer),) = Server().gets(Status(), peer="anybody")
+    assert answer.waiting_for == "the parameter server"
+    assert answer.table["workers"] == []
+    assert answer.table["accuracy"] is None
+
+
+@pytest.mark.parametrize("value", [-1, 1e15, float("nan"), "many", None, [1]])
+def test_totals_that_cannot_be_are_passed_over(value):
+    server = running("a")
+    server.gets(Report("a", 0, 1, "train", totals={"steps": 5}))
+    server.gets(Report("a", 0, 1, "train", totals={"steps": 7, "unknown": 3, "samples": 9}))
+    server.handlers.table_of_handlers()[Report](
+        b"a", Report("a", 0, 1, "train", totals={"steps": value})
+    )
+    assert server.table.records["a"].totals == {"steps": 7, "samples": 9}
+
+
+def test_an_error_from_a_peer_is_logged_and_not_answered():
+    assert running("a").gets(Error("odd", "something"), peer="a") == []
+
+
+def test_the_summary_has_every_field():
+    server = running("b", "a", mode="sync", rounds=2, seed=7)
+    server.gets(Join("judge", "evaluator"))
+    totals = {
+        "steps": 2,
+        "samples": 100,
+        "compute_s": 3.0,
+        "query_s": 0.5,
+        "sync_s": 0.5,
+        "eval_s": 0.0,
+        "split_digest": "beef",
+    }
+    server.now += 4.0
+    server.gets(Reset("ps", 1, {"a": 0.0, "b": 0.0}, 1000, 2000))
+    server.gets(Report("a", 1, 1, "train", totals=totals))
+    server.gets(Report("b", 1, 1, "train", totals=totals))
+    server.now += 1.0
+    server.gets(Report("judge", 1, 0, "eval", loss=0.5, accuracy=0.81))
+    server.now += 3.0
+    server.gets(Reset("ps", 2, {"a": 0.0, "b": 0.0}, 2000, 4000))
+    server.now += 1.0
+    server.gets(Report("judge", 2, 0, "eval", accuracy=0.86))
+    for peer in ("a", "b", "judge", "ps"):
+        server.gets(Leave(peer, "done"))
+    summary = server.handlers.summary()
+    assert summary["mode"] == "sync"
+    assert summary["model"] == "cnn"
+    assert summary["dataset"] == "fashion-mnist"
+    assert summary["split_digest"] == "beef"
+    assert summary["seed"] == 7
+    assert summary["ended"] == "2 rounds"
+    assert summary["rounds"] == 2
+    assert summary["wall_s"] == pytest.approx(8.0)
+    assert summary["samples_per_s"] == pytest.approx(200 / 8.0)
+    assert (summary["bytes_up"], summary["bytes_down"]) == (2000, 4000)
+    assert summary["accuracy"] == [
+        {"t": 4.0, "round": 1, "accuracy": 0.81, "loss": 0.5},
+        {"t": 8.0, "round": 2, "accuracy": 0.86, "loss": None},
+    ]
+    assert summary["final_accuracy"] == 0.86
+    assert summary["time_to"] == {"0.7": 4.0, "0.8": 4.0, "0.85": 8.0, "0.9": None}
+    assert [(row["rank"], row["name"]) for row in summary["workers"]] == [(0, "b"), (1, "a")]
+    for row in summary["workers"]:
+        assert {key: row[key] for key in TOTALS} == {key: totals[key] for key in TOTALS}
+        assert row["device"] == "cpu"
+        assert row["compute_ratio"] == pytest.approx(0.75)
+        assert row["joined_s"] == 0.0
+        assert row["left_s"] == pytest.approx(9.0)
+        assert row["left_why"] == "done"
+
+
+def test_the_time_before_the_start_does_not_count():
+    server = Server(workers=2)
+    server.ps()
+    server.member("a")
+    server.now += 500.0
+    server.member("b")
+    server.now += 2.0
+    server.member("late")
+    summary = server.handlers.summary()
+    assert summary["wall_s"] == pytest.approx(2.0)
+    assert [row["joined_s"] for row in summary["workers"]] == [0.0, 0.0, 2.0]
+    assert Server().handlers.summary()["wall_s"] == 0.0

@@ -1,0 +1,202 @@
+"""A worker's side of the pacing protocol."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esync.messages import Query, Response
+from esync.worker.session import Action, Session
+
+
+def session_in(round=0, *, nonblocking=True, started=True):
+    """A session whose `round` has begun; `started` is whether it has begun another before."""
+    session = Session("a", nonblocking=nonblocking)
+    if started:
+        session.begin(round - 1)
+    session.begin(round)
+    return session
+
+
+def answered(session, action, lease):
+    query = session.query()
+    session.on_response(Response(query.round, query.step, action, lease))
+    return query
+
+
+def test_before_the_first_round_there_is_nothing_to_do_but_ask():
+    session = Session("a", nonblocking=True)
+    session.begin(0)
+    assert session.action() is Action.WAIT
+    assert session.wants_query()
+    assert session.query() == Query("a", 0, 0, ahead=0)
+    assert not session.wants_query()
+    assert session.action() is Action.WAIT
+
+
+def test_the_first_step_of_a_later_round_needs_no_leave():
+    session = session_in(5)
+    assert session.action() is Action.TRAIN
+    assert session.wants_query()
+    assert session.query().ahead == 1
+
+
+def test_asking_and_waiting_as_published_gets_an_answer_before_each_step():
+    session = session_in(5, nonblocking=False)
+    assert session.action() is Action.WAIT
+    assert answered(session, "train", 1).ahead == 0
+    assert session.action() is Action.TRAIN
+    assert not session.wants_query()
+    session.finished(0.5, 64)
+    assert session.action() is Action.WAIT
+    assert session.wants_query()
+    assert answered(session, "sync", 0) == Query("a", 5, 1, 0, 0.5, 64)
+    assert session.action() is Action.SYNC
+
+
+def test_it_asks_again_while_the_last_step_of_a_lease_runs_and_not_before():
+    session = session_in(5)
+    answered(session, "train", 4)
+    asked = []
+    for _ in range(4):
+        asked.append(session.wants_query())
+        session.finished(0.1, 1)
+    assert asked == [False, False, False, True]
+    assert session.wants_query()
+    assert session.action() is Action.WAIT
+
+
+def test_a_query_that_was_asked_in_time_keeps_the_device_busy():
+    session = session_in(5)
+    answered(session, "train", 2)
+    session.finished(0.1, 1)
+    query = session.query()
+    assert (query.step, query.ahead) == (1, 1)
+    assert session.action() is Action.TRAIN
+    session.on_response(Response(5, 1, "train", 3))
+    session.finished(0.1, 1)
+    assert session.action() is Action.TRAIN
+
+
+def test_sync_lets_it_finish_the_steps_that_it_was_told():
+    session = session_in(5)
+    answered(session, "sync", 2)
+    assert not session.wants_query()
+    assert session.action() is Action.TRAIN
+    session.finished(0.1, 1)
+    assert session.action() is Action.TRAIN
+    session.finished(0.1, 1)
+    assert session.action() is Action.SYNC
+
+
+def test_sync_out_of_turn_ends_a_lease_after_the_running_step():
+    session = session_in(5)
+    answered(session, "train", 50)
+    session.finished(0.1, 1)
+    session.finished(0.1, 1)
+    session.on_response(Response(5, 0, "sync", 0))
+    assert session.action() is Action.SYNC
+
+
+def test_an_answer_of_another_round_changes_nothing():
+    for other in (4, 6):
+        session = session_in(5)
+        session.query()
+        session.on_response(Response(other, 0, "sync", 0))
+        session.on_response(Response(other, 0, "train", 9))
+        assert not session.wants_query()
+        assert session.action() is Action.TRAIN
+        session.finished(0.1, 1)
+        assert session.action() is Action.WAIT
+
+
+def test_an_older_answer_never_shortens_a_lease():
+    session = session_in(5)
+    answered(session, "train", 9)
+    session.on_response(Response(5, 0, "train", 2))
+    for _ in range(8):
+        session.finished(0.1, 1)
+        assert session.action() is Action.TRAIN
+
+
+def test_stop_holds_in_any_round_and_names_the_final_version():
+    session = session_in(5)
+    session.on_response(Response(9, 0, "stop"))
+    assert session.final == 9
+    assert session.action() is Action.STOP
+    assert not session.wants_query()
+
+
+def test_a_lost_question_can_be_asked_again():
+    session = session_in(5)
+    session.query()
+    assert not session.wants_query()
+    session.ask_again()
+    assert session.wants_query()
+
+
+def test_a_new_round_forgets_the_steps_and_orders_of_the_last():
+    session = session_in(5)
+    answered(session, "sync", 1)
+    session.finished(0.25, 64)
+    session.begin(6)
+    assert (session.round, session.step, session.samples) == (6, 0, 0)
+    assert session.action() is Action.TRAIN
+    assert session.wants_query()
+    assert session.query() == Query("a", 6, 0, ahead=1)
+
+
+def test_each_step_s_time_is_reported_once_as_a_mean():
+    session = session_in(5)
+    for seconds in (1.0, 2.0):
+        session.finished(seconds, 10)
+    assert session.query(0.5) == Query("a", 5, 2, 0, 1.5, 20, 0.5)
+    session.finished(4.0, 10)
+    report = session.synchronising(0.25)
+    assert (report.round, report.step, report.phase) == (5, 3, "sync")
+    assert (report.compute_s, report.samples, report.loss) == (4.0, 30, 0.25)
+    assert session.query().compute_s == 0.0
+
+
+def test_totals_go_on_over_rounds():
+    session = session_in(5)
+    session.finished(1.0, 10)
+    session.begin(6)
+    session.finished(2.0, 20)
+    report = session.synchronising()
+    assert report.totals == session.totals.to_wire()
+    assert report.totals["steps"] == 2
+    assert report.totals["samples"] == 30
+    assert report.totals["compute_s"] == pytest.approx(3.0)
+    assert report.totals.keys() >= {"query_s", "sync_s", "eval_s"}
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.booleans(),
+    st.lists(st.tuples(st.sampled_from(["train", "sync"]), st.integers(0, 5)), min_size=1),
+)
+def test_it_never_trains_beyond_its_leave_and_never_stops_short_of_it(nonblocking, answers):
+    """Answers with any lease, at any query: the steps done are those allowed, and every query moves the leave."""
+    session = session_in(5, nonblocking=nonblocking)
+    ahead = int(nonblocking)
+    allowed, sync_at = ahead, None
+    for action, lease in answers:
+        while session.action() is Action.TRAIN and not session.wants_query():
+            session.finished(0.1, 1)
+        if session.action() is Action.SYNC:
+            break
+        assert session.wants_query()
+        query = answered(session, action, lease + 1)
+        assert query.ahead == min(ahead, allowed - query.step)
+        if action == "sync":
+            sync_at = query.step + lease + 1
+            while session.action() is Action.TRAIN:
+                session.finished(0.1, 1)
+            break
+        allowed = max(allowed, query.step + lease + 1)
+        assert session.step <= allowed
+    if sync_at is not None:
+        assert session.action() is Action.SYNC
+        assert session.step == sync_at

@@ -1,0 +1,99 @@
+"""Endpoints: which are accepted, who can reach them, and what others are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import zmq
+
+from esync import transport
+from esync.errors import TransportError
+
+
+@pytest.fixture
+def router() -> Iterator[Callable[[], zmq.Socket[bytes]]]:
+    """Makes sockets, and closes them after the test."""
+    context: zmq.Context[Any] = zmq.Context()
+    made: list[zmq.Socket[bytes]] = []
+
+    def make() -> zmq.Socket[bytes]:
+        made.append(transport.router(context))
+        return made[-1]
+
+    yield make
+    for socket in made:
+        socket.close(0)
+    context.term()
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "tcp://127.0.0.1:10010",
+        "tcp://head:1",
+        "tcp://[::1]:5",
+        "tcp://*:*",
+        "ipc:///x",
+        "inproc://x",
+    ],
+)
+def test_endpoints_of_the_three_transports_are_accepted(endpoint: str) -> None:
+    assert transport.check_endpoint(endpoint) == endpoint
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["", "head:1", "tcp://head", "tcp://:5", "udp://head:5", "ipc://", "tcp://a:b"]
+)
+def test_other_endpoints_are_refused_with_an_example(endpoint: str) -> None:
+    with pytest.raises(TransportError, match="expected tcp://HOST:PORT"):
+        transport.check_endpoint(endpoint)
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://0.0.0.0:*", "tcp://*:*", "tcp://192.0.2.1:5"])
+def test_nothing_listens_beyond_loopback_unless_told_to(
+    endpoint: str, router: Callable[[], zmq.Socket[bytes]]
+) -> None:
+    assert not transport.is_local(endpoint)
+    with pytest.raises(TransportError, match="--insecure"):
+        transport.bind(router(), endpoint)
+
+
+def test_a_wildcard_port_becomes_a_real_one(
+    router: Callable[[], zmq.Socket[bytes]],
+) -> None:
+    bound = transport.bind(router(), "tcp://127.0.0.1:*")
+    assert int(bound.rpartition(":")[2]) > 0
+    with pytest.raises(TransportError, match="already in use"):
+        transport.bind(router(), bound)
+
+
+def test_an_address_of_another_machine_cannot_be_bound(
+    router: Callable[[], zmq.Socket[bytes]],
+) -> None:
+    with pytest.raises(TransportError, match="cannot bind"):
+        transport.bind(router(), "tcp://192.0.2.1:5", insecure=True)
+
+
+@pytest.mark.parametrize(
+    ("bound", "state", "told", "joined_by", "connects_to"),
+    [
+        (
+            "tcp://127.0.0.1:7",
+            "tcp://127.0.0.1:1",
+            "tcp://127.0.0.1:7",
+            "tcp://h:1",
+            "tcp://127.0.0.1:7",
+        ),
+        ("tcp://0.0.0.0:7", "tcp://127.0.0.1:1", "tcp://*:7", "tcp://head:1", "tcp://head:7"),
+        ("tcp://0.0.0.0:7", "tcp://127.0.0.1:1", "tcp://*:7", "tcp://[::1]:1", "tcp://[::1]:7"),
+        ("inproc://x", "inproc://state", "inproc://x", "inproc://state", "inproc://x"),
+        ("tcp://0.0.0.0:7", "ipc:///state", "tcp://*:7", "ipc:///state", "tcp://127.0.0.1:7"),
+    ],
+)
+def test_workers_find_a_parameter_server_that_listens_everywhere(
+    bound: str, state: str, told: str, joined_by: str, connects_to: str
+) -> None:
+    assert transport.advertised(bound, state) == told
+    assert transport.resolved(told, joined_by) == connects_to
