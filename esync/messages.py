@@ -297,18 +297,18 @@ def decode(frame: bytes | memoryview) -> Message:
     try:
         raw = msgpack.unpackb(frame)
     except Exception as error:
-        raise MessageError("not-msgpack", f"the frame is not msgpack: {error!r:.200}") from error
+        raise MessageError("not-msgpack", f"the frame is not msgpack: {_brief(error)}") from error
     if type(raw) is not dict:
         raise MessageError("not-a-map", f"a message is a map, this is a {type(raw).__name__}")
     if raw.get("v") != PROTOCOL or type(raw["v"]) is not int:
         raise MessageError(
             "version-mismatch",
             f"this side speaks protocol {PROTOCOL} (esync {VERSION}), the message has "
-            f"v={raw.get('v')!r:.40}; run the same esync version everywhere",
+            f"v={_brief(raw.get('v'))}; run the same esync version everywhere",
         )
     kind = raw.get("msg_type")
     if type(kind) is not str or kind not in _FIELDS:
-        raise MessageError("unknown-type", f"unknown msg_type {kind!r:.80}")
+        raise MessageError("unknown-type", f"unknown msg_type {_brief(kind)}")
     values = []
     for name, accepted, default, factory in _FIELDS[kind]:
         value = raw.get(name, _MISSING)
@@ -318,7 +318,7 @@ def decode(frame: bytes | memoryview) -> Message:
                 raise MessageError("missing-field", f"{kind}: the field {name!r} is missing")
         elif type(value) not in accepted:
             raise MessageError(
-                "bad-field", f"{kind}.{name}: expected {_say(accepted)}, got {value!r:.80}"
+                "bad-field", f"{kind}.{name}: expected {_say(accepted)}, got {_brief(value)}"
             )
         elif type(value) is float:
             if not math.isfinite(value):
@@ -335,6 +335,14 @@ def decode(frame: bytes | memoryview) -> Message:
         values.append(value)
     message: Message = _CLASSES[kind](*values)
     return message
+
+
+def _brief(value: object) -> str:
+    """A value as a few characters, whatever it is."""
+    try:
+        return repr(value)[:80]
+    except RecursionError:
+        return "something deeply nested"
 
 
 def _say(accepted: tuple[type, ...]) -> str:

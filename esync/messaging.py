@@ -45,11 +45,18 @@ class MessageServer:
         socket: a bound ROUTER or a connected DEALER; used only from the loop's thread.
         queue_limit: when so many messages wait, no more are taken off the socket, so that its
             high-water mark holds the senders back.
+
+    Attributes:
+        counters: refused messages by reason.
+        unsent: answers whose receiver was gone or did not take them.
+        on_refused: called when a DEALER's peer sent something unusable.
     """
 
     def __init__(self, socket: zmq.Socket[bytes], *, queue_limit: int = 100_000) -> None:
         self.socket = socket
         self.counters: Counter[str] = Counter()
+        self.unsent = 0
+        self.on_refused: Callable[[MessageError], None] = lambda error: None
         self._routed = socket.getsockopt(zmq.TYPE) == zmq.ROUTER
         self._handlers: dict[type, Callable[[bytes, Any], None]] = {}
         self._queue: deque[tuple[bytes, Any]] = deque()
@@ -150,10 +157,10 @@ class MessageServer:
             await self._wake.wait()
 
     def _handle(self, peer: bytes, frame: Any) -> None:
-        if peer is LOCAL:
-            self._handlers[type(frame)](peer, frame)
-            return
         try:
+            if peer is LOCAL:
+                self._handlers[type(frame)](peer, frame)
+                return
             if type(frame) is not bytes:
                 raise MessageError("bad-frames", f"expected one frame, got {len(frame)}")
             message = messages.decode(frame)
@@ -165,8 +172,9 @@ class MessageServer:
             self.refuse(peer, error)
         except Exception:
             # A handler's defect must cost its sender an answer and nobody else anything.
-            log.exception("handling a message from %r failed", peer)
-            self.refuse(peer, MessageError("internal", "the server failed to handle this message"))
+            log.exception("handling %.200r from %r failed", frame, peer)
+            if peer is not LOCAL:
+                self.refuse(peer, MessageError("internal", "the server failed to handle it"))
 
     def refuse(self, peer: bytes, error: MessageError) -> None:
         """Answer with an error and count it; a DEALER's one peer is never answered, to avoid echoes."""
@@ -175,6 +183,8 @@ class MessageServer:
             log.warning("refused a message from %r: %s: %s", peer, error.code, error.text)
         if self._routed:
             self.send(peer, Error(error.code, error.text[: messages.MAX_TEXT]))
+        else:
+            self.on_refused(error)
 
     def _flush(self) -> None:
         """Sender: everything in the outbox leaves; a peer that is gone or full costs only its own message."""
@@ -186,5 +196,5 @@ class MessageServer:
                     socket.send(peer, NOBLOCK_MORE)
                 socket.send(frame, NOBLOCK)
             except zmq.ZMQError as error:
-                self.counters["unsent"] += 1
+                self.unsent += 1
                 log.debug("no answer to %r: %s", peer, error)

@@ -26,5 +26,5 @@ def test_only_updates_that_meet_at_a_barrier_can_be_put_in_order():
 
 
 def test_a_mode_that_there_is_not_is_answered_with_the_closest_one():
-    with pytest.raises(ConfigError, match="unknown mode 'esinc'. Did you mean 'esync'?"):
+    with pytest.raises(ConfigError, match=r"unknown mode 'esinc'\. Did you mean 'esync'\?"):
         algorithm("esinc")

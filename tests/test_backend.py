@@ -217,7 +217,7 @@ def test_a_driver_that_does_not_answer_is_said_to_be_so(cupy):
         raise RuntimeError("cudaErrorInsufficientDriver")
 
     cupy.cuda.runtime.getDeviceCount = fail
-    with pytest.raises(DeviceError, match="cudaErrorInsufficientDriver.*nvidia-smi.*--device cpu"):
+    with pytest.raises(DeviceError, match=r"cudaErrorInsufficientDriver.*nvidia-smi.*--device cpu"):
         backend_for("cuda")
 
 

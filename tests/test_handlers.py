@@ -416,9 +416,11 @@ def test_after_the_slowest_was_evicted_the_others_still_get_decisions():
         server.tick(3.0)
         server.beat("a", "b")
         server.tick(2.0)
-        for worker in ("a", "b"):
-            ((_, answer),) = server.gets(Query(worker, 1, 5, 0, 0.5))
-            assert answer.action == "sync"
+        ((_, answer),) = server.gets(Query("a", 1, 5, 0, 0.5))
+        assert answer.action == "sync"
+        server.gets(Query("b", 1, 5, 0, 0.5))
+        sent = server.gets(Report("a", 1, 5, "sync")) + server.gets(Query("b", 1, 6, 0, 0.5))
+        assert to("b", sent)[-1].action == "sync"
 
 
 def test_any_message_is_a_sign_of_life():

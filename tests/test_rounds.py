@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 import zmq
 from safetensors.numpy import load_file
 
-from esync import messages, tensors
+from esync import messages, tensors, transport
 from esync.config import RunConfig
 from esync.errors import ProtocolError
 from esync.messages import Error, Status, Update
+from esync.ps.server import ParameterServer
 from esync.worker.client import Worker
-from tests.cluster import Cluster
+from tests.cluster import Cluster, Thread
 
 START = np.arange(6, dtype=np.float32)
 
@@ -322,7 +325,7 @@ def test_sync_is_repeatable_bit_for_bit_whatever_the_order_of_arrival() -> None:
 
         with Cluster(RunConfig(mode="sync", workers=3, rounds=10)) as cluster:
             threads = [cluster.train(f"w{i}", loop, rank=i) for i in range(3)]
-            final = [thread.result() for thread in threads][0]
+            final = threads[0].result()
             cluster.finish()
         return final
 
@@ -351,6 +354,29 @@ def test_an_evaluator_sees_models_and_its_accuracies_are_in_the_summary() -> Non
     assert [row["round"] for row in summary["accuracy"]] == versions
     assert versions[-1] == summary["rounds"], "the final model is evaluated"
     assert summary["final_accuracy"] > summary["accuracy"][0]["accuracy"]
+
+
+@pytest.mark.parametrize("role", ["worker", "ps"])
+def test_a_state_server_of_another_version_is_recognised(role: str) -> None:
+    context: zmq.Context[Any] = zmq.Context()
+    with transport.router(context) as router:
+        endpoint = transport.bind(router, "tcp://127.0.0.1:*")
+
+        def answer() -> None:
+            assert router.poll(10_000)
+            peer, _ = router.recv_multipart()
+            router.send_multipart([peer, msgpack.packb({"v": 2, "msg_type": "welcome"})])
+
+        answering = Thread(answer, "answering")
+        answering.start()
+        join: dict[str, Callable[[], Any]] = {
+            "worker": lambda: Worker(endpoint, name="w", context=context, wait_s=20),
+            "ps": lambda: transport.run(ParameterServer(endpoint, context=context).run()),
+        }
+        with pytest.raises(ProtocolError, match="run the same esync version everywhere"):
+            join[role]()
+        answering.result()
+    context.term()
 
 
 def _until(condition: Any, timeout_s: float = 20.0) -> None:

@@ -419,6 +419,7 @@ class ParameterServer:
             self._xpub.close(0)
             raise
         self._server = MessageServer(self._socket)
+        self._server.on_refused = self._on_refused
         self._server.on(Welcome, self._on_welcome)
         self._server.on(Members, self._on_members)
         self._server.on(Leave, self._on_leave)
@@ -538,6 +539,10 @@ class ParameterServer:
         if message.code == "unknown-worker":
             return  # a new state server; the next join registers us
         self._fail(ProtocolError(message.code, message.text))
+
+    def _on_refused(self, error: MessageError) -> None:
+        if error.code == "version-mismatch":
+            self._fail(ProtocolError(error.code, error.text))
 
     def _on_failure(self, peer: bytes, event: Failure) -> None:
         self._fail(EsyncError(f"the tensor thread failed: {event.error}"))

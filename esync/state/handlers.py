@@ -400,6 +400,8 @@ class Handlers:
 
     def waiting_for(self) -> str:
         """What keeps the run from going on, in words; empty if nothing does."""
+        if self.stopped is not None:
+            return ""
         if not self.servers:
             return "the parameter server"
         missing = self.config.workers - len(self.table.active())

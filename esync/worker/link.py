@@ -214,6 +214,8 @@ class Link(threading.Thread):
                 handle(frames)
             except MessageError as error:
                 log.warning("a server sent something unusable: %s: %s", error.code, error.text)
+                if error.code == "version-mismatch":
+                    self._fail(ProtocolError(error.code, error.text))
 
     def _on_control(self, frames: list[zmq.Frame]) -> None:
         message = messages.decode(frames[0].buffer)
