@@ -30,7 +30,7 @@ from rich.table import Table
 
 from esync import messages, tensors, transport
 from esync.config import RunConfig
-from esync.messages import Join, Message, Query, Response, Welcome
+from esync.messages import Join, Members, Message, Query, Response, Welcome
 from esync.state.server import StateServer
 
 CLIENTS = (1, 16, 256)
@@ -120,6 +120,12 @@ def join(context: zmq.Context[Any], endpoint: str, workers: list[Worker]) -> zmq
         worker.await_a(Welcome)
     for worker in workers:
         worker.ask(Query(worker.name, 0, 0))
+    expected = 0
+    while expected < len(workers):
+        announced = messages.decode(ps.recv())
+        if isinstance(announced, Members):
+            expected = len(announced.workers)
+            ps.send(messages.encode(Members(announced.epoch, {})))
     for worker in workers:
         worker.await_a(Response)
     return ps

@@ -7,6 +7,7 @@ from it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -188,7 +189,7 @@ class ClusterConfig:
 def check_device(device: str) -> None:
     """Raise ConfigError unless `device` is spelled like one."""
     kind, _, index = device.partition(":")
-    if kind not in ("cpu", "gpu") or (index and (kind == "cpu" or not index.isdigit())):
+    if kind not in ("cpu", "gpu") or (index and (kind == "cpu" or not index.isdecimal())):
         raise ConfigError(f"device {device!r}: expected cpu, gpu or gpu:N")
 
 
@@ -208,6 +209,8 @@ def check_fields(config: Any, where: str) -> None:
         choices = item.metadata.get("choices")
         if choices and value not in choices:
             raise ConfigError(f"{name}: " + unknown(item.name, str(value), choices))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}: {value} is not a finite number")
         low, high = item.metadata.get("low"), item.metadata.get("high")
         if low is not None and not value >= low:  # also refuses NaN
             raise ConfigError(f"{name}: {value} is below {low:g}")
@@ -243,7 +246,7 @@ def read(path: str | Path) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
@@ -259,8 +262,12 @@ def cluster(raw: dict[str, Any], overrides: dict[str, Any] | None = None) -> Clu
     if not isinstance(groups, list) or not groups:
         raise ConfigError("[[workers]]: expected at least one table, written [[workers]]")
     workers = tuple(build(WorkerConfig, group, "workers") for group in groups)
-    run = {**raw.get("run", {}), **(overrides or {})}
-    if run.get("mode") in ALGORITHMS and ALGORITHMS[run["mode"]].single:
+    table = raw.get("run", {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"[run]: expected a table, got {table!r:.80}")
+    run = {**table, **(overrides or {})}
+    single = [name for name, entry in ALGORITHMS.items() if entry.single]
+    if run.get("mode") in single:
         run["workers"] = 1
     run.setdefault("workers", sum(group.count for group in workers))
     return ClusterConfig(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 
 import msgpack
 
+from esync.errors import EsyncError
 from esync.version import VERSION
 
 PROTOCOL = 1
@@ -25,7 +27,20 @@ MAX_ID = 64
 """Longest worker id, in characters."""
 
 
-class MessageError(Exception):
+def check_worker_id(worker: str) -> None:
+    """Ids become socket identities and subscription topics, so not every character will do.
+
+    Raises:
+        MessageError: it is not one.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.@:+-]{1,64}", worker):
+        raise MessageError(
+            "bad-id",
+            f"{worker!r:.80} cannot name a worker: 1 to {MAX_ID} letters, digits or any of _ . @ : + -",
+        )
+
+
+class MessageError(EsyncError):
     """A frame that is not a message: `code` is machine-readable, the text says what was wrong."""
 
     def __init__(self, code: str, text: str) -> None:
@@ -136,7 +151,8 @@ class Reset:
 
 @dataclass(slots=True)
 class Members:
-    """State server -> parameter server: who is expected at the barrier (id -> rank)."""
+    """State server -> parameter server: who is expected at the barrier (id -> rank). Sent back without workers
+    once the parameter server goes by it: the run does not start before."""
 
     TYPE: ClassVar[str] = "members"
     epoch: int

@@ -113,7 +113,7 @@ class Layout:
             layout = Layout(tuple(leaves))
             if not 0 < layout.size <= MAX_ELEMENTS:
                 raise ValueError(f"{layout.size} elements")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ModelError(f"not a model's layout: {error!s:.200}") from error
         return layout
 

@@ -1,11 +1,13 @@
 """A training loop of one's own: a small network in plain JAX learns a curve, on as many machines as join.
 
-    esync-run examples/clusters/own_loop.toml          all of it on this machine, or by hand:
+esync-run examples/clusters/own_loop.toml          all of it on this machine, or by hand:
 
-    esync-state --model own --workers 2 --batch-size 32 --duration 10 &
-    esync-ps &
-    python examples/own_loop.py & python examples/own_loop.py
+esync-state --model own --workers 2 --batch-size 32 --duration 10 &
+esync-ps &
+python examples/own_loop.py & python examples/own_loop.py
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ SIZES = (1, 64, 64, 1)
 
 def new_params(seed):
     random = np.random.default_rng(seed)
-    pairs = zip(SIZES, SIZES[1:], strict=False)
+    pairs = itertools.pairwise(SIZES)
     return [
         {"w": jnp.asarray(random.normal(size=(n, m)) / n**0.5, jnp.float32), "b": jnp.zeros(m)}
         for n, m in pairs

@@ -126,7 +126,7 @@ def test_a_sum_that_overflows_is_no_bad_element(backend):
 
 
 def test_on_the_cpu_nothing_is_copied_in_or_out_and_a_frame_is_never_written_to():
-    backend, source = NumpyBackend(), frame([1.0, 2.0])
+    backend, source = NumpyBackend(), memoryview(bytearray(frame([1.0, 2.0])))
     x = backend.load(source)
     assert np.shares_memory(x, np.frombuffer(source, np.float32))
     assert np.shares_memory(np.frombuffer(backend.host(x), np.float32), x)

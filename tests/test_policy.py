@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import pytest
@@ -10,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esync.config import RunConfig
-from esync.state.database import Latest, MedianOfThree, Table
+from esync.state.database import Latest, MedianOfThree
 from esync.state.policy import (
+    FEW_STEPS,
     PAPER_EPSILON_S,
     SYNC,
     TRAIN,
@@ -96,7 +96,7 @@ def test_fixed_steps_syncs_after_exactly_that_many_but_finishes_a_running_step(s
     table = table_of(policy, [(1.0, done), (9.0, 0)])
     decision = policy.decide(table, table.records["w0"], ahead, 0.0)
     assert decision == Decision(SYNC, max(ahead, steps - done))
-    assert policy.hurry(table, table.records["w1"]) == []
+    assert policy.hurry(table, table.records["w1"], 0.0) == []
 
 
 # The adaptive decision
@@ -118,10 +118,13 @@ def test_a_lease_is_at_most_half_of_what_fits(step_s, slowest_s, begun, ahead, s
     decision = policy.decide(table, table.records["w0"], ahead, now)
     left_s = slowest_s - now - epsilon
     if decision.action == TRAIN:
-        assert decision.lease * step_s <= max(left_s / 2 + CLOSE, (ahead + 1) * step_s)
-        assert (ahead + 1) * step_s <= left_s + CLOSE
+        assert decision.lease * step_s <= left_s / 2 + CLOSE
+        assert decision.lease > max(ahead, 1)
+    elif decision.lease > ahead:
+        assert decision.lease <= FEW_STEPS
+        assert decision.lease * step_s <= left_s + CLOSE
+        assert (decision.lease + 1) * step_s > left_s - CLOSE
     else:
-        assert decision.lease == ahead
         assert (ahead + 1) * step_s > left_s - CLOSE
 
 
@@ -187,18 +190,40 @@ def test_the_slowest_arriving_early_hurries_those_who_were_not_told_to_sync_yet(
     table = table_of(policy, [(0.01, 5), (0.02, 3), (2.0, 1), (0.03, 1)])
     told, hurried, slowest, elsewhere = table.records.values()
     told.ready = slowest.ready = slowest.arrived = True
+    slowest.finished = (slowest.round, 1.0)
     table.progress(elsewhere, 2, 1, 0.03, 1.0)
-    assert policy.hurry(table, slowest) == [hurried]
+    assert policy.hurry(table, slowest, 1.0) == [hurried]
     assert hurried.ready
-    assert policy.hurry(table, slowest) == []
+    assert policy.hurry(table, slowest, 1.0) == []
+
+
+def test_while_the_slowest_s_update_is_on_its_way_there_may_be_time_for_more_steps():
+    policy = AdaptiveEsync(0.0)
+    table = table_of(policy, [(0.01, 5), (2.0, 1)])
+    fast, slowest = table.records.values()
+    table.delivered(slowest, 0.5)
+    slowest.ready = slowest.arrived = True
+    slowest.finished = (slowest.round, 1.0)
+    assert policy.hurry(table, slowest, 1.0) == []
+    assert policy.decide(table, fast, 0, 1.0) == Decision(TRAIN, 25)
+    assert policy.decide(table, fast, 0, 1.475) == Decision(SYNC, 2)
+
+
+def test_a_bound_on_the_steps_does_not_keep_the_slowest_from_hurrying_others():
+    policy = policy_for(RunConfig(max_steps=50))
+    table = table_of(policy, [(0.01, 5), (2.0, 1)])
+    table.records["w1"].ready = table.records["w1"].arrived = True
+    table.records["w1"].finished = (table.records["w1"].round, 1.0)
+    assert policy.hurry(table, table.records["w1"], 1.0) == [table.records["w0"]]
+    assert policy.measures_delivery
 
 
 def test_others_than_the_slowest_arriving_hurry_nobody():
     policy = AdaptiveEsync()
     table = table_of(policy, [(0.01, 5), (0.02, 3), (2.0, 0)])
     table.records["w0"].ready = table.records["w0"].arrived = True
-    assert policy.hurry(table, table.records["w0"]) == []
-    assert PaperEsync().hurry(table, table.records["w2"]) == []
+    assert policy.hurry(table, table.records["w0"], 1.0) == []
+    assert PaperEsync().hurry(table, table.records["w2"], 1.0) == []
 
 
 def test_jitter_becomes_the_margin():
@@ -531,8 +556,3 @@ def test_the_driver_reports_a_cluster_that_hangs():
     made.join("w0", 1.0)
     with pytest.raises(AssertionError, match="round 0 does not end"):
         made.run(1, 50.0)
-
-
-def test_a_table_without_workers_has_no_slowest():
-    assert Table().slowest() is None
-    assert math.isinf(Table()._unmeasured_s)

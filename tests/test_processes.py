@@ -50,7 +50,9 @@ class Processes:
 
     def wait_for(self, name: str, text: str, timeout_s: float = 60.0) -> re.Match[str]:
         """Wait until a process has printed something."""
-        return self.until(lambda: re.search(text, self.output(name)), f"{text!r} of {name}", timeout_s)
+        return self.until(
+            lambda: re.search(text, self.output(name)), f"{text!r} of {name}", timeout_s
+        )
 
     def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
         deadline = time.monotonic() + timeout_s
@@ -216,8 +218,10 @@ def test_ctrl_c_ends_the_run_with_a_summary_and_leaves_no_process(tmp_path: Path
     run = tmp_path / "runs" / "it"
     with open(tmp_path / "out", "wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "esync.run.cli", str(_cluster(tmp_path))]
-            + ["--runs", str(tmp_path / "runs"), "--name", "it"],
+            [
+                *[sys.executable, "-m", "esync.run.cli", str(_cluster(tmp_path))],
+                *["--runs", str(tmp_path / "runs"), "--name", "it"],
+            ],
             stdout=out,
             stderr=subprocess.STDOUT,
             env=ENVIRONMENT,

@@ -255,6 +255,7 @@ class Cluster:
     def _ps_receives(self, message: object) -> None:
         if isinstance(message, Members):
             self._emit(self._ps.set_members(message.workers))
+            self._to_state(PS, Members(message.epoch, {}))
 
     def _update_arrives(self, update: Contribution) -> None:
         self._arrived[update.worker] = (self.now, update.steps)

@@ -47,7 +47,7 @@ from esync.messages import (
     Want,
     Welcome,
 )
-from esync.messaging import MessageServer
+from esync.messaging import LOCAL, MessageServer
 from esync.ps.aggregation import (
     AGGREGATIONS,
     INITIAL,
@@ -91,7 +91,7 @@ class TensorThread(threading.Thread):
 
     Args:
         pull, xpub: bound sockets, handed over to this thread.
-        published: called from this thread after each version.
+        tell: called from this thread with what the control side is to know.
     """
 
     def __init__(
@@ -100,8 +100,7 @@ class TensorThread(threading.Thread):
         xpub: zmq.Socket[bytes],
         backend: Backend,
         config: RunConfig,
-        published: Callable[[NewVersion], None],
-        failed: Callable[[BaseException], None],
+        tell: Callable[[NewVersion | Members | Failure], None],
     ) -> None:
         super().__init__(name="esync-tensors", daemon=True)
         self.inbox: Mailbox[Members | None] = Mailbox()
@@ -113,7 +112,7 @@ class TensorThread(threading.Thread):
         self.incarnation = secrets.token_hex(4)
         self._pull, self._xpub = pull, xpub
         self._backend, self._config = backend, config
-        self._published, self._failed = published, failed
+        self._tell = tell
         self._subscribers: dict[str, None] = {}  # in order of arrival
         self._listeners = 0
         self._epoch = -1
@@ -126,7 +125,7 @@ class TensorThread(threading.Thread):
             self._serve()
         except BaseException as error:
             log.exception("the tensor thread failed")
-            self._failed(error)
+            self._tell(Failure(error))
         finally:
             self._pull.close()
             self._xpub.close()
@@ -170,6 +169,7 @@ class TensorThread(threading.Thread):
                 self._greet(worker)
         if self.aggregation is not None:
             self._emit(self.aggregation.set_members(message.workers))
+        self._tell(Members(message.epoch, {}))
 
     def _subscriptions(self) -> None:
         while True:
@@ -318,7 +318,7 @@ class TensorThread(threading.Thread):
             elif isinstance(event, Completed):
                 now = time.monotonic()
                 early = {w: now - self._arrival.get(w, now) for w in event.members}
-                self._published(NewVersion(event.version, early, self.bytes_up, self.bytes_down))
+                self._tell(NewVersion(event.version, early, self.bytes_up, self.bytes_down))
 
     def _send_model(self, worker: str, chunks: list[int] | None = None) -> None:
         """The latest complete version, and what is final already of the next."""
@@ -391,6 +391,7 @@ class ParameterServer:
         self.config = config or PsConfig()
         self.state = state
         self.name = name or f"ps-{transport.hostname()}-{os.getpid()}"
+        messages.check_worker_id(self.name)
         self.thread: TensorThread | None = None
         self._backend = backend_for(self.config.device)
         self._context = context or zmq.Context.instance()
@@ -497,13 +498,15 @@ class ParameterServer:
             self._backend,
             config,
             self._server.post_threadsafe,
-            lambda error: self._server.post_threadsafe(Failure(error)),
         )
         self.thread.start()
         self._journal.write("welcome", endpoints=self.endpoints, device=self._backend.name)
         self._say(f"averaging for mode {config.mode}; updates at {self.endpoints['push']}")
 
     def _on_members(self, peer: bytes, message: Members) -> None:
+        if peer == LOCAL:  # from the tensor thread: it goes by this epoch now
+            self._server.send(b"", message)
+            return
         try:
             if message.layout is not None:
                 Layout.from_wire(message.layout)

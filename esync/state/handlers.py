@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from esync import messages
 from esync.algorithms import algorithm
 from esync.config import RunConfig
 from esync.errors import ModelError
@@ -59,6 +60,7 @@ class Server:
     worker: str
     endpoints: dict[str, Any]
     heard: float
+    epoch: int = -1  # of the members that it goes by
 
 
 class Handlers:
@@ -101,6 +103,7 @@ class Handlers:
         self._epoch = 0
         self._stopped_at = 0.0
         self._last_waiting = ""
+        self._ended = False
 
     def table_of_handlers(self) -> dict[type, Callable[[bytes, Any], None]]:
         """Message type -> handler: what the router calls."""
@@ -109,6 +112,7 @@ class Handlers:
             Query: self.on_query,
             Report: self.on_report,
             Reset: self.on_reset,
+            Members: self.on_members,
             Leave: self.on_leave,
             Status: self.on_status,
             Error: self.on_error,
@@ -120,6 +124,7 @@ class Handlers:
 
     def on_join(self, peer: bytes, message: Join) -> None:
         _check_identity(peer, message.worker)
+        messages.check_worker_id(message.worker)
         if message.role not in ("worker", "evaluator", "ps"):
             raise MessageError(
                 "bad-role", f"a role is worker, evaluator or ps, not {message.role!r}"
@@ -264,14 +269,29 @@ class Handlers:
             self._announce_members()
         self._at_gate[record.worker] = message
         if self.started is None:
-            missing = self.config.workers - len(self.table.active())
-            if missing > 0:
-                record.phase = "waiting"
-                text = f"{missing} more worker{'s' if missing > 1 else ''}"
-                for worker in self._at_gate:
-                    self._send(worker.encode(), Status(waiting_for=text))
-                return
+            record.phase = "waiting"
+            if text := self.waiting_for():
+                self._send(record.worker.encode(), Status(waiting_for=text))
+            self._start_if_ready(now)
+        else:
+            self._open_gate(now)
+
+    def on_members(self, peer: bytes, message: Members) -> None:
+        """The parameter server goes by this epoch's members."""
+        for worker, server in self.servers.items():
+            if peer == worker.encode():
+                server.epoch = message.epoch
+        self._start_if_ready(self._clock())
+
+    def _start_if_ready(self, now: float) -> None:
+        """Start once enough workers are here, and the parameter server will wait for each of them."""
+        if self.started is not None or len(self.table.active()) < self.config.workers:
+            return
+        if self.stopped is None and all(s.epoch == self._epoch for s in self.servers.values()):
             self._start(now)
+            self._open_gate(now)
+
+    def _open_gate(self, now: float) -> None:
         waiting, self._at_gate = self._at_gate, {}
         for worker, query in waiting.items():
             waiter = self.table.records.get(worker)
@@ -305,8 +325,9 @@ class Handlers:
         elif message.phase == SYNC:
             self.table.progress(record, message.round, message.step, message.compute_s, now)
             record.arrived = True
-            record.finished = (message.round, now)
-            for other in self.policy.hurry(self.table, record):
+            if record.finished[0] != message.round:  # heartbeats say `sync` too
+                record.finished = (message.round, now)
+            for other in self.policy.hurry(self.table, record, now):
                 self._send(other.worker.encode(), Response(other.round, other.step, SYNC, 0))
         if self.stopped is not None:
             self._send(peer, Response(self.history.version, message.step, STOP))
@@ -397,6 +418,8 @@ class Handlers:
             self._last_waiting = text
             if text:
                 self._say(f"waiting for {text}")
+                for worker in self._at_gate:
+                    self._send(worker.encode(), Status(waiting_for=text))
 
     def waiting_for(self) -> str:
         """What keeps the run from going on, in words; empty if nothing does."""
@@ -431,7 +454,8 @@ class Handlers:
         if self.servers:
             for worker in self.servers:
                 self._send(worker.encode(), Leave(worker, self.stopped))
-        else:
+        elif not self._ended:
+            self._ended = True
             self._finished()
 
     def _announce_members(self) -> None:

@@ -20,6 +20,8 @@ SYNC = "sync"
 STOP = "stop"
 PAPER_EPSILON_S = 0.5
 """Epsilon of the 2019 implementation."""
+FEW_STEPS = 3
+"""When no more steps than these fit, they are decided at once."""
 MOST_STEPS = 1_000_000
 """More are never said to fit, however absurd the times that somebody reports."""
 
@@ -48,7 +50,7 @@ class Policy(Protocol):
     def decide(self, table: Table, record: Record, ahead: int, now: float) -> Decision:
         """What `record`'s worker does next. A `sync` is remembered in the record."""
 
-    def hurry(self, table: Table, record: Record) -> list[Record]:
+    def hurry(self, table: Table, record: Record, now: float) -> list[Record]:
         """Now that `record`'s worker has arrived at the barrier: who else is to come at once, without asking."""
 
 
@@ -67,7 +69,7 @@ class FixedSteps:
         record.ready = True
         return Decision(SYNC, max(ahead, self.steps - record.step))
 
-    def hurry(self, table: Table, record: Record) -> list[Record]:
+    def hurry(self, table: Table, record: Record, now: float) -> list[Record]:
         return []
 
 
@@ -96,7 +98,7 @@ class PaperEsync:
             return Decision(SYNC, 0)
         return Decision(TRAIN, 1)
 
-    def hurry(self, table: Table, record: Record) -> list[Record]:
+    def hurry(self, table: Table, record: Record, now: float) -> list[Record]:
         return []
 
 
@@ -104,9 +106,9 @@ class AdaptiveEsync:
     """ESync with robust estimates, answers ahead of time, leases, and a measured margin.
 
     The slowest worker arrives at the barrier at `since + step_s + delivery_s`. Another worker may run as many
-    steps as end, with its own delivery and the margin, before that. While several fit it gets at most half of
-    them as a lease, so that it asks again a few times as the barrier comes nearer, and after each change
-    of the others' pace; when no more fit it is told the step after which to synchronise.
+    steps as end, with its own delivery and the margin, before that. While many fit it gets half of them as a
+    lease, so that it asks again a few times as the barrier comes nearer, and after each change of the others'
+    pace; when few are left it is told the step after which to synchronise.
 
     Args:
         epsilon_s: the margin in seconds; None measures it: the mean deviations of both workers' steps.
@@ -122,37 +124,45 @@ class AdaptiveEsync:
 
     def decide(self, table: Table, record: Record, ahead: int, now: float) -> Decision:
         slowest = table.slowest()
-        if slowest is None:
-            return Decision(TRAIN, ahead + 1)
-        at_least = max(
-            ahead, 1 - record.step
-        )  # a round has one step, and a running one is finished
-        if record is slowest and record.step_s.value:
+        # A round has at least one step, and a step that is running is finished.
+        at_least = max(ahead, 1 - record.step)
+        if slowest is None or not record.step_s.value:
+            return Decision(TRAIN, max(1, at_least))  # one step, to know how long it takes
+        if record is slowest:
             return self._sync(record, at_least)
-        if slowest.round == record.round and slowest.arrived:
-            return self._sync(record, at_least)
-        if not (slowest.step_s.value and record.step_s.value):
+        if not slowest.step_s.value:
             return Decision(TRAIN, ahead + 1)
         fits = self._fitting_steps(slowest, record, now)
-        if fits <= at_least:
-            return self._sync(record, at_least)
-        return Decision(TRAIN, max(ahead + 1, fits // 2))
+        if fits <= max(at_least, FEW_STEPS):
+            return self._sync(record, max(at_least, fits))
+        return Decision(TRAIN, fits // 2)
 
     def _fitting_steps(self, slowest: Record, record: Record, now: float) -> int:
-        """How many of `record`'s steps, begun now, end before the slowest worker arrives."""
-        begun = slowest.since if slowest.round == record.round else now  # else: has not pulled yet
-        arrival = begun + slowest.step_s.value + slowest.delivery_s.value
+        """How many of `record`'s steps, begun now, end before the slowest worker's update arrives."""
+        if slowest.round != record.round:
+            done = now + slowest.step_s.value  # it has not pulled yet
+        elif slowest.arrived:
+            done = slowest.finished[1]
+        else:
+            done = slowest.since + slowest.step_s.value
         epsilon = self.epsilon_s
         if epsilon is None:
             epsilon = slowest.step_s.jitter + record.step_s.jitter
-        fits = (arrival - record.delivery_s.value - epsilon - now) / record.step_s.value
-        return math.floor(max(0.0, min(fits, MOST_STEPS)))
+        left = done + slowest.delivery_s.value - record.delivery_s.value - epsilon - now
+        return math.floor(max(0.0, min(left / record.step_s.value, MOST_STEPS)))
 
-    def hurry(self, table: Table, record: Record) -> list[Record]:
-        """The slowest came before it was expected: nobody uses up a lease."""
+    def hurry(self, table: Table, record: Record, now: float) -> list[Record]:
+        """The slowest came sooner than expected: whoever has no time for another step does not use up its lease."""
         if record is not table.slowest():
             return []
-        late = [r for r in table.active() if r.round == record.round and not r.ready]
+        late = [
+            other
+            for other in table.active()
+            if other.round == record.round
+            and not other.ready
+            and other.step_s.value
+            and not self._fitting_steps(record, other, now)
+        ]
         for other in late:
             other.ready = True
         return late
@@ -175,13 +185,14 @@ class AtMost:
 
     def decide(self, table: Table, record: Record, ahead: int, now: float) -> Decision:
         decision = self.policy.decide(table, record, ahead, now)
-        if decision.action == TRAIN and record.step + decision.lease >= self.steps:
-            record.ready = True
-            return Decision(SYNC, max(ahead, self.steps - record.step))
-        return decision
+        most = max(ahead, self.steps - record.step)
+        if decision.lease < most or (decision.action == SYNC and decision.lease == most):
+            return decision
+        record.ready = True
+        return Decision(SYNC, most)
 
-    def hurry(self, table: Table, record: Record) -> list[Record]:
-        return self.policy.hurry(table, record)
+    def hurry(self, table: Table, record: Record, now: float) -> list[Record]:
+        return self.policy.hurry(table, record, now)
 
 
 def policy_for(config: RunConfig) -> Policy:

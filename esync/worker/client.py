@@ -9,6 +9,7 @@ with esync.Worker("tcp://head:10010") as worker:
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 import zmq
 
-from esync import transport
+from esync import messages, transport
 from esync.algorithms import algorithm
 from esync.config import RunConfig, build
 from esync.data import partition
@@ -69,6 +70,7 @@ class Worker:
         )
         if rank is None and os.environ.get(transport.RANK, "").isdigit():
             rank = int(os.environ[transport.RANK])
+        messages.check_worker_id(self.name)
         join = Join(
             self.name, role, rank=rank, host=transport.hostname(), device=device or _device_name()
         )
@@ -81,6 +83,7 @@ class Worker:
         self._base: Any = None
         self._resumed = 0.0
         self._split_digest = ""
+        self._ended = False
         self._on_round: Callable[[dict[str, Any]], None] = lambda row: None
         self._marks = Totals()
         self._link.start()
@@ -127,9 +130,8 @@ class Worker:
 
     @property
     def stopped(self) -> bool:
-        """Whether the run is over."""
-        session = self._shared.session
-        return session is not None and session.final is not None
+        """Whether the run is over, and the last `step` (or `start`) has returned the final model."""
+        return self._ended
 
     @property
     def round(self) -> int:
@@ -250,7 +252,7 @@ class Worker:
                 if shared.error is not None:
                     raise shared.error
                 if session.wants_query():
-                    self._link.inbox.put(session.query(None if loss is None else float(loss)))
+                    self._link.inbox.put(session.query(_finite(loss)))
                     asked_at = time.monotonic()
                 action = session.action()
                 if session.step and assembly.version > session.round and action is not Action.STOP:
@@ -278,7 +280,7 @@ class Worker:
         round, steps = session.round, session.step
         with self._changed:
             late = self._shared.assembly.version > round
-            report = session.synchronising(None if loss is None else float(loss))
+            report = session.synchronising(_finite(loss))
             report.totals = self._wire_totals(session)
             self._shared.phase = "sync"
         if not late:
@@ -315,6 +317,7 @@ class Worker:
         assembly = self._shared.assembly
         assert assembly is not None
         assert self._packer is not None
+        self._ended = True
         final = session.final if session.final is not None else -1
         deadline = time.monotonic() + GOODBYE_S
         with self._changed:
@@ -367,7 +370,7 @@ class Worker:
         """Sleep, but no longer than until the run is over: what emulates a slow machine."""
         deadline = time.monotonic() + seconds
         with self._changed:
-            while not self.stopped and self._shared.error is None:
+            while not self._over() and self._shared.error is None:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return
@@ -438,11 +441,15 @@ class Worker:
                 version,
                 0,
                 "eval",
-                loss=loss if loss is not None and np.isfinite(loss) else None,
+                loss=_finite(loss),
                 accuracy=accuracy,
                 totals=session.totals.to_wire(),
             )
         )
+
+    def _over(self) -> bool:
+        session = self._shared.session
+        return session is not None and session.final is not None
 
     # Data
 
@@ -488,6 +495,12 @@ class Worker:
             )
         for index in self.indices(arrays[-1] if labels is None else labels, batch_size):
             yield jax.tree_util.tree_map(lambda array: array[index], dataset)  # noqa: B023
+
+
+def _finite(loss: Any) -> float | None:
+    """A loss as a number for a message; a diverged one is not one."""
+    value = None if loss is None else float(loss)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def round_s(seconds: float) -> float:

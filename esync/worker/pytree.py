@@ -83,6 +83,7 @@ class Packer:
 
     def _unpack_with(self, xp: Any) -> Callable[[Any], tuple[list[Any], Any]]:
         order, layout = self._order, self.layout
+        pack = self._pack_with(xp)
 
         def unpack(flat: Any) -> tuple[list[Any], Any]:
             leaves: list[Any] = [None] * len(order)
@@ -91,7 +92,9 @@ class Packer:
                 part = flat[at : at + leaf.size].reshape(leaf.shape)
                 leaves[i] = xp.array(part, dtype=leaf.dtype)
                 at += leaf.size
-            base = xp.where(xp.arange(layout.size) < layout.deltas, flat, xp.float32(0))
+            # From the leaves, not from `flat`: what rounding to their dtype loses is no progress of this worker.
+            held = pack(leaves, xp.float32(0))
+            base = xp.where(xp.arange(layout.size) < layout.deltas, held, xp.float32(0))
             return leaves, base
 
         return unpack
