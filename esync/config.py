@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from esync import models
 from esync.algorithms import ALGORITHMS, algorithm
 from esync.errors import ConfigError, unknown
 from esync.transport import DEFAULT_STATE
@@ -48,7 +49,9 @@ class RunConfig:
         "Pacing of mode esync: as published, or with the improvements of docs/algorithms.md.",
         choices=("adaptive", "paper"),
     )
-    model: str = _option("cnn", "Model to train, or `own` for loops of your own.")
+    model: str = _option(
+        "cnn", f"Model to train: {', '.join(models.names())}; or `own` for loops of your own."
+    )
     image_size: int = _option(
         0, "Resize images to this many pixels a side (0: the model's own choice).", low=0, high=4096
     )
@@ -292,7 +295,7 @@ def check_names(run: RunConfig) -> None:
     Raises:
         ConfigError: an unknown model or data set.
     """
-    from esync import data, models
+    from esync import data
 
     if run.model == OWN:
         return

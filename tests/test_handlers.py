@@ -701,3 +701,18 @@ def test_the_time_before_the_start_does_not_count():
     assert summary["wall_s"] == pytest.approx(2.0)
     assert [row["joined_s"] for row in summary["workers"]] == [0.0, 0.0, 2.0]
     assert Server().handlers.summary()["wall_s"] == 0.0
+
+
+def test_an_evaluator_that_was_still_loading_when_the_run_ended_may_evaluate_the_final_model():
+    server = running("a", rounds=1)
+    server.gets(Join("eval", "evaluator"))
+    server.gets(Reset("ps", 1, {"a": 0.0}))
+    server.gets(Leave("a", "done"))
+    welcome = server.gets(Join("eval", "evaluator", layout=LAYOUT.to_wire()))
+    assert isinstance(to("eval", welcome)[0], Welcome)
+    assert to("eval", server.gets(Report("eval", -1, 0, "loading")))[0].action == "stop"
+    server.gets(Report("eval", 1, 0, "eval", accuracy=0.9))
+    server.gets(Leave("eval", "done"))
+    server.gets(Leave("ps", "done"))
+    assert server.finished == 1
+    assert server.handlers.summary()["final_accuracy"] == 0.9

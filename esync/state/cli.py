@@ -46,6 +46,13 @@ def main(file: str | None, run_dir: str | None, verbose: bool, **values: Any) ->
     )
     cli.say(f"state server at {server.endpoint}: {run.mode}, {run.model} on {run.dataset}")
     cli.serve(server.run(), lambda: server.stop("interrupted"))
+    summary = server.handlers.summary()
+    accuracy = summary["final_accuracy"]
+    cli.say(
+        f"{summary['rounds']} rounds in {summary['wall_s']:.1f} s, {summary['samples_per_s']:.0f} samples/s, "
+        + ("not evaluated" if accuracy is None else f"final accuracy {accuracy:.4f}")
+        + (f"; summary in {run_dir}" if run_dir else "")
+    )
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ class Handlers:
             )
         if message.version != VERSION:
             log.warning("%s runs esync %s, here %s", message.worker, message.version, VERSION)
-        if self.stopped is not None:
+        if self.stopped is not None and message.worker not in self.table.records:
             raise MessageError("run-over", f"the run is over ({self.stopped})")
         if message.role == "ps":
             self._ps_joins(peer, message)
@@ -305,7 +305,8 @@ class Handlers:
         for passage in self.history.passages:
             passage.joined_s = 0.0
         self._journal.write("start", workers=[r.worker for r in self.table.active()])
-        self._say(f"the run starts with {len(self.table.active())} workers")
+        count = len(self.table.active())
+        self._say(f"the run starts with {count} worker{'s' if count > 1 else ''}")
 
     def on_report(self, peer: bytes, message: Report) -> None:
         now = self._clock()
