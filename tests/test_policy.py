@@ -185,6 +185,15 @@ def test_with_nobody_at_the_barrier_a_worker_trains_on():
         assert policy.decide(table, record, 0, 0.0) == Decision(TRAIN, 1)
 
 
+def test_a_slowest_worker_that_has_no_step_left_to_do_is_not_taken_to_begin_another():
+    """Two equally slow workers in their first round: when one is measured and done, the other stops too."""
+    policy = AdaptiveEsync(0.0)
+    table = table_of(policy, [(1.0, 1), (1.001, 1)])
+    other, slowest = table.records.values()
+    assert policy.decide(table, slowest, 0, 1.0) == Decision(SYNC, 0)
+    assert policy.decide(table, other, 1, 1.0) == Decision(SYNC, 1)
+
+
 def test_the_slowest_arriving_early_hurries_those_who_were_not_told_to_sync_yet():
     policy = AdaptiveEsync()
     table = table_of(policy, [(0.01, 5), (0.02, 3), (2.0, 1), (0.03, 1)])

@@ -60,7 +60,7 @@ class Record:
         active: expected at the barrier (it has the model and has asked for work).
         round, step: the round it is in, and its finished local steps (the paper's k).
         since: when it finished its last step, or pulled the model (the paper's te).
-        ready: it was told to synchronise.
+        ready: it was told to synchronise, after `goal` steps.
         arrived: it is synchronising: its update is on the way.
         finished: the last round whose steps it finished, and when.
         step_s: seconds per local step (the paper's c).
@@ -81,6 +81,7 @@ class Record:
     step: int = 0
     since: float = 0.0
     ready: bool = False
+    goal: int = 0
     arrived: bool = False
     finished: tuple[int, float] = (-1, 0.0)
     phase: str = "joined"

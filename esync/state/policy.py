@@ -144,7 +144,8 @@ class AdaptiveEsync:
         elif slowest.arrived:
             done = slowest.finished[1]
         else:
-            done = slowest.since + slowest.step_s.value
+            steps = max(0, slowest.goal - slowest.step) if slowest.ready else 1
+            done = slowest.since + steps * slowest.step_s.value
         epsilon = self.epsilon_s
         if epsilon is None:
             epsilon = slowest.step_s.jitter + record.step_s.jitter
@@ -170,6 +171,7 @@ class AdaptiveEsync:
     @staticmethod
     def _sync(record: Record, lease: int) -> Decision:
         record.ready = True
+        record.goal = record.step + lease
         return Decision(SYNC, lease)
 
 
