@@ -1,8 +1,9 @@
 # One image for all roles:
 #
 #   docker build -t esync .
-#   docker build -t esync:cuda12 --build-arg EXTRAS=[cuda12] .
-#   docker run --network host esync state --workers 2 --dataset digits
+#   docker build -t esync:cuda12 --build-arg 'EXTRAS=[cuda12]' .
+#   docker run --network host -v "$PWD/runs:/home/esync/runs" esync \
+#       state --workers 2 --dataset digits --duration 60 --run-dir runs/first
 #   docker run --network host esync ps
 #   docker run --network host esync worker --connect tcp://127.0.0.1:10010
 #   docker run --network host --gpus all esync:cuda12 worker --connect tcp://head:10010 --device gpu:0
@@ -20,6 +21,7 @@ RUN pip install --no-cache-dir ".${EXTRAS}"
 RUN useradd --create-home esync
 USER esync
 WORKDIR /home/esync
+RUN mkdir -p .cache runs
 # Data sets that are downloaded are kept here: mount a volume on it.
 VOLUME /home/esync/.cache
 STOPSIGNAL SIGINT

@@ -162,6 +162,7 @@ def interrupt_on_sigterm() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, raise_interrupt)
+    signal.signal(signal.SIGHUP, raise_interrupt)  # the terminal is gone
 
 
 def serve(main: Coroutine[Any, Any, Any], stop: Callable[[], None]) -> None:

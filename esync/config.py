@@ -18,9 +18,12 @@ from typing import Any, TypeVar
 from esync import models
 from esync.algorithms import ALGORITHMS, algorithm
 from esync.errors import ConfigError, unknown
+from esync.messages import MessageError, check_worker_id
 from esync.transport import DEFAULT_STATE
 
 C = TypeVar("C")
+ROLES = ("state", "ps", "evaluator")
+"""Names that are not a worker's."""
 OWN = "own"
 """The model of a run whose workers bring a training loop of their own."""
 
@@ -183,6 +186,15 @@ class ClusterConfig:
         if algorithm(self.run.mode).single:
             rows = rows[:1]
         names = [row.name for row in rows]
+        for name in names:
+            try:
+                check_worker_id(name)
+            except MessageError as error:
+                raise ConfigError(f"[[workers]] name: {error}") from error
+            if name in ROLES:
+                raise ConfigError(
+                    f"[[workers]]: {name!r} is the name of another role; choose another"
+                )
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise ConfigError(f"[[workers]]: two workers are named {twice!r}; names must differ")

@@ -66,6 +66,7 @@ class Join:
     device: str = ""
     layout: dict[str, Any] | None = None
     endpoints: dict[str, Any] | None = None
+    life: str = ""  # random, one for each process: two live processes cannot share an id
 
 
 @dataclass(slots=True)
@@ -167,6 +168,7 @@ class Leave:
     TYPE: ClassVar[str] = "leave"
     worker: str
     reason: str = ""
+    life: str = ""
 
 
 @dataclass(slots=True)

@@ -105,20 +105,36 @@ def refused(events):
 
 
 @pytest.mark.parametrize("kind", [Mean, Immediate])
-def test_the_first_model_is_whatever_arrives_first_chunk_by_chunk(kind):
+def test_the_first_model_is_the_first_that_one_worker_delivered_whole(kind):
     server = Server.of(kind)
     assert server.version == -1
     assert server.aggregation.missing("w0", INITIAL) == list(range(CHUNKS))
     assert server.aggregation.missing("w0", 0) == []
     assert server.push("w0", INITIAL, vector(0), chunks=range(4)) == []
-    assert server.aggregation.missing("w1", INITIAL) == [4]
-    assert refused(server.chunk("w1", INITIAL, vector(1), 2)) == ["double"]
-    events = server.chunk("w1", INITIAL, vector(0), 4)
+    assert server.aggregation.missing("w0", INITIAL) == [4]
+    assert server.aggregation.missing("w1", INITIAL) == list(range(CHUNKS))
+    assert refused(server.chunk("w0", INITIAL, vector(1), 2)) == ["double"]
+    events = server.push("w1", INITIAL, vector(1))
     assert [(event.version, event.chunk, event.worker) for event in published(events)] == [
         (0, i, None) for i in range(CHUNKS)
     ]
     assert completed(events) == [Completed(0, frozenset())]
-    np.testing.assert_array_equal(server.model, vector(0))
+    np.testing.assert_array_equal(server.model, vector(1))
+    assert refused(server.chunk("w0", INITIAL, vector(0), 4)) == ["late"]
+    np.testing.assert_array_equal(server.model, vector(1))
+
+
+@pytest.mark.parametrize("kind", [Mean, Immediate])
+def test_finite_updates_whose_result_is_infinite_change_nothing(kind):
+    server = Server.of(kind)
+    server.push("w0", INITIAL, vector(0))
+    server.aggregation.set_members({"w0": 0, "w1": 1})
+    largest = np.full_like(vector(0), 3e38)
+    for worker in ("w0", "w1"):
+        server.push(worker, 0, largest)
+        server.push(worker, 0, largest)
+    assert server.version >= 1
+    assert np.isfinite(server.model).all()
 
 
 @pytest.mark.parametrize("kind", [Mean, Immediate])

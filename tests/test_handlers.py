@@ -499,7 +499,7 @@ def test_a_run_ends_after_its_rounds():
 def test_a_run_ends_after_its_duration_which_begins_with_the_start():
     server = Server(workers=1, duration_s=5.0)
     server.ps()
-    server.tick(50.0)
+    server.tick(4.0)
     server.member("a")
     assert server.tick(4.9) == []
     assert stop_of(server, server.tick(0.1)) == {"a"}
@@ -576,8 +576,73 @@ def test_members_that_never_say_goodbye_are_waited_for_no_longer_than_that():
     server.gets(StopRun("interrupted"))
     server.tick(GOODBYE_S)
     assert server.finished == 0
-    server.tick(1.0)
+    assert to("ps", server.tick(1.0)) == [Leave("ps", "interrupted")]
+    server.gets(Leave("ps", "done"))
     assert server.finished == 1
+
+
+def test_an_evaluator_that_is_heard_may_take_longer_over_the_final_model():
+    server = running("a", heartbeat_s=3600.0)
+    server.gets(Join("judge", "evaluator"))
+    server.gets(StopRun("interrupted"))
+    server.gets(Leave("a"))
+    assert to("ps", server.tick(10 * GOODBYE_S)) == []
+    server.gets(Report("judge", 0, 0, "eval", accuracy=0.5))
+    assert to("ps", server.gets(Leave("judge"))) == [Leave("ps", "interrupted")]
+
+
+def test_a_parameter_server_that_falls_silent_ends_the_run_that_it_served():
+    server = running("a", heartbeat_s=10.0)
+    server.now += 8.0
+    server.beat("a")
+    assert server.tick(1.0) == []
+    assert stop_of(server, server.tick(1.5)) == {"a"}
+    assert "parameter server" in server.handlers.stopped
+
+
+def test_after_this_process_was_held_up_nobody_is_taken_for_silent():
+    server = running("a", "b")
+    server.now += 60.0
+    server.gets(Tick(late_s=59.0))
+    assert set(server.table.records) == {"a", "b"}
+    assert server.handlers.stopped is None
+
+
+def test_members_and_versions_that_were_lost_on_the_way_are_made_up_for():
+    server = running("a", rounds=5)
+    server.handlers.servers["ps"].epoch -= 1
+    sent = server.gets(Report("ps", 0, 0, "serving"))
+    assert to("ps", sent)[0].workers == {"a": 0}
+    assert to("ps", server.gets(Report("ps", 0, 0, "serving"))) == []
+    server.gets(Report("ps", 5, 0, "serving"))
+    assert server.handlers.stopped == "5 rounds"
+
+
+def test_two_living_workers_cannot_have_one_name_but_a_killed_one_may_come_back():
+    server = running("a", "b", heartbeat_s=10.0)
+    (refusal,) = to("a", server.gets(Join("a", "worker", life="another")))
+    assert refusal.code == "name-taken"
+    assert "choose another --name" in refusal.text
+    server.now += 6.0
+    server.gets(Join("a", "worker", life="another"))
+    assert not server.table.records["a"].active, "nobody waits for it while it loads"
+    assert server.table.records["a"].rank == 0
+
+
+def test_a_layout_that_nobody_trained_with_is_forgotten_with_its_last_worker():
+    server = Server(workers=2)
+    server.ps()
+    server.member("wrong")
+    server.gets(Leave("wrong"))
+    server.gets(Join("right", "worker"))
+    assert server.gets(Join("right", "worker", layout=OTHER.to_wire()))
+    assert server.handlers.layout == OTHER
+
+
+def test_a_run_that_has_stopped_publishes_no_version_of_those_who_leave_last():
+    server = running("a", "b")
+    server.gets(StopRun("interrupted"))
+    assert not any(isinstance(m, Members) for _, m in server.gets(Leave("a")))
 
 
 def test_a_dead_worker_does_not_hold_up_the_end_longer_than_its_heartbeat():

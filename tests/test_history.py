@@ -71,7 +71,7 @@ def test_a_summary_has_every_field_and_is_plain_json():
     summary = history.summary(RunConfig(mode="sync", seed=5), 10.0, "1 rounds")
     assert json.loads(json.dumps(summary)) == summary
     assert summary["mode"] == "sync"
-    assert summary["policy"] == "adaptive"
+    assert summary["policy"] is None
     assert summary["model"] == "cnn"
     assert summary["dataset"] == "fashion-mnist"
     assert summary["split"] == "iid"

@@ -232,7 +232,7 @@ def test_ctrl_c_ends_the_run_with_a_summary_and_leaves_no_process(tmp_path: Path
             assert time.monotonic() < deadline, _text(tmp_path / "out")
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0, _text(tmp_path / "out")
+        assert process.wait(30) == 130, _text(tmp_path / "out")
     finally:
         process.kill()
         process.wait()

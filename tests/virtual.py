@@ -106,7 +106,7 @@ class Cluster:
         self._handlers = self.state.table_of_handlers()
         self._ps = AGGREGATIONS[self._mode.aggregation](LAYOUT, NumpyBackend(), self.config)
         self._ps.receive(Contribution("0", INITIAL, 0, np.zeros(1, np.float32)))
-        self._to_state(PS, Join(PS, "ps", endpoints={"push": "p", "model": "m"}))
+        self._to_state(PS, Join(PS, "ps", endpoints={"push": "inproc://p", "model": "inproc://m"}))
         self._tick()
 
     # Events
@@ -129,6 +129,7 @@ class Cluster:
         return self.rounds
 
     def _tick(self) -> None:
+        self._to_state(PS, Report(PS, self._ps.version, 0, "serving"))
         self._handlers[Tick](b"", Tick())
         self.at(self.now + self.config.heartbeat_s / 4, self._tick)
 

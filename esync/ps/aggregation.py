@@ -59,7 +59,7 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A contribution that changed nothing, and why: `late`, `double` or `early`."""
+    """A contribution that changed nothing, and why: `late`, `double`, `early` or `overflow`."""
 
     reason: str
 
@@ -81,6 +81,7 @@ class Aggregation(ABC):
         self.config = config
         self.version = -1
         self.chunks: list[Array] = [None] * len(layout.chunks)
+        self._initial: dict[str, list[Array]] = {}  # who brings it -> chunks; never mixed
 
     def receive(self, update: Contribution) -> list[Event]:
         """Take one chunk; returns what follows from it.
@@ -89,17 +90,20 @@ class Aggregation(ABC):
         """
         if self.version < 0:
             return self._receive_initial(update)
+        if update.round < 0:
+            return [Refused("late")]  # a second copy of the initial model is not an update
         return self._receive(update)
 
     def _receive_initial(self, update: Contribution) -> list[Event]:
         if update.round != INITIAL:
             return [Refused("early")]
-        if self.chunks[update.chunk] is not None:
+        chunks = self._initial.setdefault(update.worker, [None] * len(self.chunks))
+        if chunks[update.chunk] is not None:
             return [Refused("double")]
-        self.chunks[update.chunk] = self.backend.scaled(update.data, 1.0)
-        if any(chunk is None for chunk in self.chunks):
+        chunks[update.chunk] = self.backend.scaled(update.data, 1.0)
+        if any(chunk is None for chunk in chunks):
             return []
-        self.version = 0
+        self.chunks, self.version, self._initial = chunks, 0, {}
         events: list[Event] = [Published(0, i, x) for i, x in enumerate(self.chunks)]
         return [*events, Completed(0, frozenset())]
 
@@ -114,7 +118,8 @@ class Aggregation(ABC):
     def missing(self, worker: str, round: int) -> list[int]:
         """The chunks of a worker's update of `round` that have not arrived and are still wanted."""
         if self.version < 0:
-            wanted = [i for i, chunk in enumerate(self.chunks) if chunk is None]
+            mine = self._initial.get(worker, self.chunks)
+            wanted = [i for i, chunk in enumerate(mine) if chunk is None]
             return wanted if round == INITIAL else []
         return self._missing(worker, round)
 
@@ -189,6 +194,9 @@ class Mean(Aggregation):
             arrived = self._arrived[chunk]
             if self._next[chunk] is None and arrived and arrived >= self._expected.keys():
                 self._next[chunk] = self._new_value(chunk)
+                if not self.backend.is_finite(self._next[chunk]):
+                    self._next[chunk] = self.chunks[chunk]  # finite updates, but their sum is not
+                    events.append(Refused("overflow"))
                 events.append(Published(self.version + 1, chunk, self._next[chunk]))
         if events and all(x is not None for x in self._next):
             members = frozenset[str]().union(*self._arrived)
@@ -246,11 +254,11 @@ class Immediate(Aggregation):
 
     def __init__(self, layout: Layout, backend: Backend, config: RunConfig) -> None:
         super().__init__(layout, backend, config)
-        self._workers = 1
+        self._members: frozenset[str] = frozenset()
         self._progress: dict[str, _Progress] = {}
 
     def set_members(self, ranks: Mapping[str, int]) -> list[Event]:
-        self._workers = max(1, len(ranks))
+        self._members = frozenset(ranks)
         for worker in self._progress.keys() - ranks.keys():
             self._progress[worker].sent = None  # its round stays known: an update counts once
         return []
@@ -266,7 +274,9 @@ class Immediate(Aggregation):
         elif update.chunk in progress.arrived:
             return [Refused("double")]
         progress.arrived.add(update.chunk)
-        self.chunks[update.chunk] = self._applied(update, progress)
+        applied = self._applied(update, progress)
+        if self.backend.is_finite(applied):
+            self.chunks[update.chunk] = applied
         if len(progress.arrived) < len(self.chunks):
             return []
         self.version += 1
@@ -277,13 +287,13 @@ class Immediate(Aggregation):
         return [*events, Completed(self.version, frozenset([update.worker]))]
 
     def sent_to(self, worker: str) -> None:
-        if self.config.dcasgd:
+        if self.config.dcasgd and worker in self._members:
             self._progress.setdefault(worker, _Progress()).sent = list(self.chunks)
 
     def _applied(self, update: Contribution, progress: _Progress) -> Array:
         base = self.chunks[update.chunk]
         if self.layout.chunks[update.chunk].kind != DELTA:
-            share = 1.0 / self._workers
+            share = 1.0 / max(1, len(self._members))
             return self.backend.blend(base, 1.0 - share, update.data, share)
         scale = self.config.global_lr
         if not self.config.dcasgd or progress.sent is None:

@@ -49,6 +49,9 @@ class Backend(Protocol):
         """The vector's bytes in host memory, to be sent; on the CPU without a copy."""
 
 
+_overflow_is_checked_later = np.errstate(over="ignore", invalid="ignore")
+
+
 class NumpyBackend:
     """On the CPU."""
 
@@ -59,20 +62,23 @@ class NumpyBackend:
         x.flags.writeable = False
         return x
 
+    @_overflow_is_checked_later
     def is_finite(self, x: Array) -> bool:
-        with np.errstate(over="ignore", invalid="ignore"):
-            # One pass: a NaN or an infinity survives any sum. A sum may also overflow, so look closer then.
-            return bool(np.isfinite(np.sum(x))) or bool(np.isfinite(x).all())
+        # One pass: a NaN or an infinity survives any sum. A sum may also overflow, so look closer then.
+        return bool(np.isfinite(np.sum(x))) or bool(np.isfinite(x).all())
 
+    @_overflow_is_checked_later
     def scaled(self, x: Array, weight: float) -> Array:
         return np.multiply(x, np.float32(weight))
 
+    @_overflow_is_checked_later
     def add_scaled(self, total: Array, x: Array, weight: float) -> None:
         if weight == 1.0:
             np.add(total, x, out=total)
         else:
             total += np.float32(weight) * x
 
+    @_overflow_is_checked_later
     def blend(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
         out = np.multiply(b, np.float32(beta))
         if alpha == 1.0:
@@ -81,6 +87,7 @@ class NumpyBackend:
             out += np.float32(alpha) * a
         return out
 
+    @_overflow_is_checked_later
     def compensated(
         self, base: Array, delta: Array, drift: Array, strength: float, scale: float
     ) -> Array:

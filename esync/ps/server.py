@@ -154,11 +154,24 @@ class TensorThread(threading.Thread):
     # Members and subscribers
 
     def _set_members(self, message: Members) -> None:
-        if message.epoch <= self._epoch:
+        if message.epoch < self._epoch:
             return
         self._epoch = message.epoch
-        if self.aggregation is None and message.layout is not None:
-            self.layout = Layout.from_wire(message.layout)
+        if message.layout is not None and self._untrained():
+            self._set_layout(Layout.from_wire(message.layout))
+        if self.aggregation is not None:
+            self._emit(self.aggregation.set_members(message.workers))
+            for worker in self._arrival.keys() - message.workers.keys():
+                del self._arrival[worker]
+        self._tell(Members(message.epoch, {}))
+
+    def _untrained(self) -> bool:
+        return self.aggregation is None or self.aggregation.version <= 0
+
+    def _set_layout(self, layout: Layout) -> None:
+        """Begin anew, unless this is the layout that we have."""
+        if self.layout is None or layout.digest != self.layout.digest:
+            self.layout = layout
             mode = algorithm(self._config.mode)
             extra = {"ordered": True} if mode.ordered else {}
             self.aggregation = AGGREGATIONS[mode.aggregation](
@@ -167,9 +180,6 @@ class TensorThread(threading.Thread):
             self._asked_at = time.monotonic()
             for worker in self._subscribers:
                 self._greet(worker)
-        if self.aggregation is not None:
-            self._emit(self.aggregation.set_members(message.workers))
-        self._tell(Members(message.epoch, {}))
 
     def _subscriptions(self) -> None:
         while True:
@@ -281,6 +291,8 @@ class TensorThread(threading.Thread):
             )
         self.bytes_up += payload.nbytes
         self._arrival[message.worker] = time.monotonic()
+        if message.round == INITIAL:
+            self._asked_at = time.monotonic()  # it is on its way
         contribution = Contribution(
             message.worker,
             message.round,
@@ -400,6 +412,7 @@ class ParameterServer:
         self._say = say
         self._wait_s = wait_s
         self._error: BaseException | None = None
+        self._version = 0
         self._pull = transport.pull(self._context)
         self._xpub = transport.xpub(self._context)
         try:
@@ -482,7 +495,8 @@ class ParameterServer:
                 return
         while True:
             await asyncio.sleep(1.0)
-            self._server.send(b"", Report(self.name, 0, 0, "serving"))
+            # With the version, so that a reset that was lost does no harm.
+            self._server.send(b"", Report(self.name, self._version, 0, "serving"))
 
     def _on_welcome(self, peer: bytes, message: Welcome) -> None:
         if self.thread is not None:
@@ -518,6 +532,7 @@ class ParameterServer:
             self.thread.inbox.put(message)
 
     def _on_new_version(self, peer: bytes, event: NewVersion) -> None:
+        self._version = event.version
         self._server.send(
             b"",
             Reset(self.name, event.version, event.early_s, event.bytes_up, event.bytes_down),
@@ -540,7 +555,8 @@ class ParameterServer:
 
     def _on_error(self, peer: bytes, message: Error) -> None:
         if message.code == "unknown-worker":
-            return  # a new state server; the next join registers us
+            text = "the state server does not know us: it was restarted, or took us for gone"
+            message = Error(message.code, text)
         self._fail(ProtocolError(message.code, message.text))
 
     def _on_refused(self, error: MessageError) -> None:

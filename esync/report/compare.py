@@ -28,7 +28,7 @@ def read_summary(directory: str | Path) -> dict[str, Any]:
         raise DataError(f"{path} is not a summary: {error}") from error
     if not isinstance(summary, dict) or "time_to" not in summary:
         raise DataError(f"{path} is not a run's summary")
-    return summary
+    return {"name": path.resolve().parent.name, **summary}
 
 
 def title(summary: dict[str, Any]) -> str:
@@ -36,7 +36,9 @@ def title(summary: dict[str, Any]) -> str:
     text = str(summary["mode"])
     if summary["mode"] == "esync" and summary.get("policy") == "paper":
         text += " (as published)"
-    return text
+    if summary.get("run", {}).get("dcasgd"):
+        text += " (dcasgd)"
+    return f"{summary['name']}\n{text}"
 
 
 def seconds(value: float | None, wall_s: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from esync import cli, config, messages, transport
 from esync.algorithms import algorithm
 from esync.config import ClusterConfig, RunConfig
 from esync.errors import ConfigError, EsyncError
-from esync.messages import Status
+from esync.messages import Leave, Status
 from esync.report.compare import comparison, read_summary
 from esync.run import launcher, view
 from esync.run.launcher import Role
@@ -48,7 +49,7 @@ PLAIN_EVERY_S = 5.0
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Print each role's name, host and command, tab-separated, and exit.",
+    help="Make runs/NAME, print each role's name, host and command, tab-separated, and start nothing.",
 )
 @cli.options_of(RunConfig)
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
@@ -77,7 +78,7 @@ def main(
     cluster = config.cluster(config.read(file), cli.given(values, RunConfig))
     config.check_names(cluster.run)
     cluster.each_worker()
-    directory = _directory(file, name, Path(runs), cluster, force, dry_run)
+    directory = _directory(file, name, Path(runs), cluster, force)
     if dry_run:
         _print_commands(cluster, directory)
         return
@@ -89,29 +90,46 @@ def main(
         )
     cli.interrupt_on_sigterm()
     run = _Run(cluster, directory, console, keep_going=keep_going)
+    failure: EsyncError | None = None
+    interrupted = False
     try:
         run.go(live=console.is_terminal and not plain)
     except KeyboardInterrupt:
-        console.print("interrupted: ending the run")
+        interrupted = True
+        console.print("interrupted: ending the run; Ctrl-C again does not wait for it")
         run.end()
+    except EsyncError as error:
+        failure = error
     finally:
         run.close()
     run.sum_up()
+    if failure is not None:
+        raise failure
+    if interrupted:
+        click.get_current_context().exit(130)
 
 
 def _directory(
-    file: str, name: str | None, runs: Path, cluster: ClusterConfig, force: bool, dry_run: bool
+    file: str, name: str | None, runs: Path, cluster: ClusterConfig, force: bool
 ) -> Path:
     """Make the run's directory; a name that was not given is made unique."""
-    base = name or f"{Path(file).stem}-{cluster.run.mode}"
+    base = name if name is not None else f"{Path(file).stem}-{cluster.run.mode}"
+    if base in ("", ".", "..") or Path(base).name != base:
+        raise ConfigError(
+            f"--name {base!r}: expected the name of one directory; --runs says where it goes"
+        )
     path = runs / base
     number = 2
     while name is None and not force and (path / "cluster.toml").exists():
         path = runs / f"{base}-{number}"
         number += 1
-    if path.exists() and any(path.iterdir()) and not dry_run:
+    if path.exists() and any(path.iterdir()):
         if not force:
             raise ConfigError(f"{path} has results already; choose another --name, or --force")
+        if path.is_symlink() or not (path / "cluster.toml").is_file():
+            raise ConfigError(
+                f"{path} does not look like a run; remove it yourself, or choose another --name"
+            )
         shutil.rmtree(path)
     made = cli.make_directory(str(path))
     assert made is not None
@@ -164,8 +182,8 @@ class _Run:
         self.endpoint = transport.resolved(endpoint, "tcp://127.0.0.1:1")
         others = launcher.roles_of(self.cluster, self.directory, self.endpoint)[1:]
         for role in others:
-            self.roles.append(role)
             role.start()
+            self.roles.append(role)
         self.console.print(
             f"{len(self.roles)} processes started; logs and results in {self.directory}"
         )
@@ -199,12 +217,15 @@ class _Run:
         due = time.monotonic() - self._plain_at > PLAIN_EVERY_S
         if line != self._plain and (due or waiting_for):
             self._plain, self._plain_at = line, time.monotonic()
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def _ask(self) -> bool:
         """Fetch the state server's table; False if it did not answer."""
         assert self._socket is not None
-        self._socket.send(messages.encode(Status()))
+        try:
+            self._socket.send(messages.encode(Status()), zmq.NOBLOCK)
+        except zmq.Again:  # a state server that hangs takes no more questions
+            return False
         answered = False
         while self._socket.poll(0 if answered else 500):
             message = messages.decode(self._socket.recv())
@@ -226,19 +247,30 @@ class _Run:
                 self.lost.append(role.name)
                 self.roles.remove(role)
                 self.console.print(f"{text}\n    the others go on", highlight=False)
+                self._report_loss(role)
                 continue
             raise EsyncError(f"{text}\n  stopped the other roles; see {role.log}")
+
+    def _report_loss(self, role: Role) -> None:
+        """Tell the state server in the dead role's name, so that nobody waits for its heartbeats."""
+        with transport.dealer(zmq.Context.instance(), role.name, self.endpoint) as socket:
+            socket.send(messages.encode(Leave(role.name, role.why().splitlines()[0])))
 
     def end(self) -> None:
         """Ask the state server to end the run, and give everybody the time to leave."""
         if self.roles and self.roles[0].process is not None and self.roles[0].status is None:
             self.roles[0].process.terminate()
             deadline = time.monotonic() + launcher.STOP_S
-            while time.monotonic() < deadline and any(r.status is None for r in self.roles):
-                time.sleep(0.05)
+            try:
+                while time.monotonic() < deadline and any(r.status is None for r in self.roles):
+                    time.sleep(0.05)
+            except KeyboardInterrupt:
+                launcher.kill(self.roles)
 
     def close(self) -> None:
         """Leave no process behind."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # takes STOP_S at most
         launcher.stop(self.roles)
         if self._socket is not None:
             self._socket.close(0)
@@ -249,6 +281,9 @@ class _Run:
         if not path.exists():
             return
         summary = read_summary(path)
+        if not summary["rounds"]:
+            self.console.print(f"nothing was trained; logs: {self.directory}", highlight=False)
+            return
         self.console.print(
             f"{algorithm(summary['mode']).summary}\nended: {summary['ended']}", highlight=False
         )
@@ -259,6 +294,8 @@ class _Run:
                 f"{row['name']} left after {row['left_s']:.1f} s: {row['left_why']}",
                 highlight=False,
             )
+        if "evaluator" in self.lost:
+            self.console.print("the evaluator died: the last accuracies are missing")
         self.console.print(f"results: {self.directory}", highlight=False)
 
 

@@ -16,8 +16,11 @@ from typing import Any
 import tomli_w
 
 from esync.config import OWN, ClusterConfig, WorkerConfig
+from esync.errors import EsyncError
 from esync.transport import NAME, RANK, STATE
 
+_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+"""`python` in a worker's command is the Python that runs this."""
 STOP_S = 8.0
 """How long a role has to end by itself after SIGTERM."""
 
@@ -42,14 +45,19 @@ class Role:
 
     def start(self) -> None:
         with open(self.log, "ab") as out:
-            self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment},
-                start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the roles in order
-            )
+            try:
+                self.process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, "PATH": _PATH, **self.environment},
+                    start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the roles in order
+                )
+            except OSError as error:
+                raise EsyncError(
+                    f"cannot start {self.name}: {shlex.join(self.command)}: {error}"
+                ) from error
 
     @property
     def status(self) -> int | None:
@@ -165,6 +173,13 @@ def stop(roles: list[Role]) -> None:
         except subprocess.TimeoutExpired:
             _signal(role, signal.SIGKILL)
             role.process.wait()
+
+
+def kill(roles: list[Role]) -> None:
+    """End every role that still runs at once."""
+    for role in roles:
+        if role.process is not None and role.status is None:
+            _signal(role, signal.SIGKILL)
 
 
 def _signal(role: Role, number: int) -> None:

@@ -70,10 +70,10 @@ def headline(status: dict[str, Any]) -> str:
 def live_table(status: dict[str, Any], waiting_for: str) -> Group:
     """The whole picture: headline, progress, one row per worker."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("worker")
-    table.add_column("device")
+    table.add_column("worker", no_wrap=True)
+    table.add_column("device", no_wrap=True)
     for name in ("round", "steps", "now", "s/step", "computing", "loss"):
-        table.add_column(name, justify="left" if name == "now" else "right")
+        table.add_column(name, justify="left" if name == "now" else "right", no_wrap=True)
     for row in status["workers"]:
         trains = row["role"] == "worker"
         table.add_row(
@@ -103,5 +103,4 @@ def plain_line(status: dict[str, Any], waiting_for: str) -> str:
     """The same for a log file."""
     if waiting_for:
         return f"waiting for {waiting_for}"
-    steps = sum(row["steps"] for row in status["workers"])
-    return f"{headline(status)}  {steps} steps"
+    return f"{headline(status)}  {status['steps']:.0f} steps"

@@ -57,6 +57,7 @@ class Record:
     """What is known of one worker.
 
     Attributes:
+        life: which process it is; another one under the same id is another worker.
         active: expected at the barrier (it has the model and has asked for work).
         round, step: the round it is in, and its finished local steps (the paper's k).
         since: when it finished its last step, or pulled the model (the paper's te).
@@ -75,6 +76,7 @@ class Record:
     role: str = "worker"
     host: str = ""
     device: str = ""
+    life: str = ""
     heard: float = 0.0
     active: bool = False
     round: int = -1

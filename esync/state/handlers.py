@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from esync import messages
+from esync import messages, transport
 from esync.algorithms import algorithm
 from esync.config import RunConfig
-from esync.errors import ModelError
+from esync.errors import ModelError, TransportError
 from esync.journal import Journal
 from esync.messages import (
     Error,
@@ -39,11 +39,20 @@ from esync.version import VERSION
 log = logging.getLogger("esync.state")
 GOODBYE_S = 20.0
 """How long a stopped run waits for its members to say goodbye."""
+EVALUATION_S = 600.0
+"""How long it waits for an evaluator that still evaluates the final model."""
+PROGRESS_S = 10.0
+"""Seconds between two lines of progress."""
+SERVER_SILENCE_S = 5.0
+"""A parameter server reports every second; it is not missed sooner than after so long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Local event: look at the time."""
+    """Local event: look at the time. It comes `late_s` late if this process was held up: in that time nobody
+    could be heard."""
+
+    late_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,7 @@ class Handlers:
         config: the run's configuration.
         send: hands a message for a peer to the sender.
         clock: monotonic seconds.
+        on_stop: called once, when the run stops.
         finished: called once, when everybody has left a stopped run.
     """
 
@@ -81,6 +91,7 @@ class Handlers:
         *,
         journal: Journal | None = None,
         say: Callable[[str], None] = log.info,
+        on_stop: Callable[[], object] = lambda: None,
         finished: Callable[[], None] = lambda: None,
         policy: Policy | None = None,
     ) -> None:
@@ -96,6 +107,7 @@ class Handlers:
         self._clock = clock
         self._journal = journal or Journal(None, "state")
         self._say = say
+        self._on_stop = on_stop
         self._finished = finished
         self._waiting: dict[str, Join] = {}
         self._at_gate: dict[str, Query] = {}
@@ -104,6 +116,7 @@ class Handlers:
         self._stopped_at = 0.0
         self._last_waiting = ""
         self._ended = False
+        self._progress_said_at = 0.0
 
     def table_of_handlers(self) -> dict[type, Callable[[bytes, Any], None]]:
         """Message type -> handler: what the router calls."""
@@ -135,7 +148,7 @@ class Handlers:
             raise MessageError("run-over", f"the run is over ({self.stopped})")
         if message.role == "ps":
             self._ps_joins(peer, message)
-        elif message.layout is None:
+        elif message.layout is None or not self.servers:
             self._waiting[message.worker] = message
             self._welcome_waiting()
         else:
@@ -145,6 +158,11 @@ class Handlers:
         endpoints = message.endpoints or {}
         if not all(isinstance(endpoints.get(key), str) for key in ("push", "model")):
             raise MessageError("bad-field", "join of a ps: endpoints need push and model")
+        try:
+            for key in ("push", "model"):
+                transport.check_endpoint(endpoints[key])
+        except TransportError as error:
+            raise MessageError("bad-field", f"join of a ps: {error}") from error
         known = self.servers.get(message.worker)
         if known is None and self.servers:
             raise MessageError("second-ps", "this run has a parameter server already")
@@ -163,6 +181,9 @@ class Handlers:
         waiting, self._waiting = self._waiting, {}
         for message in waiting.values():
             try:
+                if message.layout is not None:
+                    self._take_part(message.worker.encode(), message, message.layout)
+                    continue
                 record = self._register(message)
             except MessageError as error:
                 self._send(message.worker.encode(), Error(error.code, error.text))
@@ -184,6 +205,16 @@ class Handlers:
     def _register(self, message: Join) -> Record:
         now = self._clock()
         record = self.table.records.get(message.worker)
+        if record is not None and record.life != message.life:
+            silent_s = now - record.heard
+            if silent_s < self.config.heartbeat_s / 2:
+                raise MessageError(
+                    "name-taken",
+                    f"a worker named {message.worker!r} was heard {silent_s:.1f} s ago; choose another --name, "
+                    "or, if that one was killed, try again in a few seconds",
+                )
+            self._remove(message.worker, "came back as a new process")
+            record = None  # nobody waits for it while it loads
         if record is not None:
             record.heard = now
             return record
@@ -203,9 +234,10 @@ class Handlers:
             role=message.role,
             host=message.host,
             device=message.device,
+            life=message.life,
         )
         self.history.joined(record, self._t(now))
-        self._journal.write("join", worker=message.worker, role=message.role, rank=rank)
+        self._journal.write("join", worker=message.worker, kind=message.role, rank=rank)
         self._say(f"{message.role} {message.worker} joined ({message.device or 'no device'})")
         return record
 
@@ -287,7 +319,11 @@ class Handlers:
         """Start once enough workers are here, and the parameter server will wait for each of them."""
         if self.started is not None or len(self.table.active()) < self.config.workers:
             return
-        if self.stopped is None and all(s.epoch == self._epoch for s in self.servers.values()):
+        if (
+            self.stopped is None
+            and self.servers
+            and all(s.epoch == self._epoch for s in self.servers.values())
+        ):
             self._start(now)
             self._open_gate(now)
 
@@ -312,7 +348,13 @@ class Handlers:
         now = self._clock()
         if message.worker in self.servers:
             _check_identity(peer, message.worker)
-            self.servers[message.worker].heard = now
+            server = self.servers[message.worker]
+            server.heard = now
+            if server.epoch != self._epoch:  # lost on the way
+                self._send_members(server)
+            if message.round > self.history.version:  # so was a reset
+                up, down = self.history.bytes_up, self.history.bytes_down
+                self._published(message.round, up, down, {}, now)
             return
         record = self._record(peer, message.worker)
         record.heard = now
@@ -324,12 +366,14 @@ class Handlers:
         if message.phase == "eval" and message.accuracy is not None:
             self._evaluated(message, message.accuracy, now)
         elif message.phase == SYNC:
+            slowest = self.table.slowest()
             self.table.progress(record, message.round, message.step, message.compute_s, now)
             record.arrived = True
             if record.finished[0] != message.round:  # heartbeats say `sync` too
                 record.finished = (message.round, now)
-            for other in self.policy.hurry(self.table, record, now):
-                self._send(other.worker.encode(), Response(other.round, other.step, SYNC, 0))
+            if record is slowest or record is self.table.slowest():
+                for other in self.policy.hurry(self.table, record, now):
+                    self._send(other.worker.encode(), Response(other.round, other.step, SYNC, 0))
         if self.stopped is not None:
             self._send(peer, Response(self.history.version, message.step, STOP))
 
@@ -358,31 +402,44 @@ class Handlers:
         if server is None:
             raise MessageError("unknown-worker", f"{message.worker} has not joined; join first")
         now = server.heard = self._clock()
-        self.table.round = max(self.table.round, message.round)
-        self.history.published(message.round, self._t(now), message.bytes_up, message.bytes_down)
-        for worker, early_s in message.members.items():
+        self._published(message.round, message.bytes_up, message.bytes_down, message.members, now)
+
+    def _published(
+        self, version: int, bytes_up: int, bytes_down: int, members: dict[str, Any], now: float
+    ) -> None:
+        """A version is out."""
+        self.table.round = max(self.table.round, version)
+        self.history.published(version, self._t(now), bytes_up, bytes_down)
+        for worker, early_s in members.items():
             record = self.table.records.get(worker)
             if record is None or not isinstance(early_s, (int, float)):
                 continue
             round, at = record.finished
-            if self.policy.measures_delivery and round == message.round - 1:
+            if self.policy.measures_delivery and round == version - 1:
                 self.table.delivered(record, now - early_s - at)
-        self._journal.write("round", round=message.round, members=list(message.members))
-        if self.config.rounds and message.round >= self.config.rounds and self.stopped is None:
-            self.stop(f"{message.round} rounds")
+        self._journal.write("round", round=version, members=list(members))
+        if self.config.rounds and version >= self.config.rounds and self.stopped is None:
+            self.stop(f"{version} rounds")
 
     # Leaving and ending
 
     def on_leave(self, peer: bytes, message: Leave) -> None:
-        _check_identity(peer, message.worker)
+        record = self.table.records.get(message.worker)
+        if not (record is not None and message.life and message.life == record.life):
+            # (If the worker is back already, its former socket's last words come under another identity.)
+            _check_identity(peer, message.worker)
         if message.worker in self.servers:
-            del self.servers[message.worker]
-            self._say(
-                f"parameter server {message.worker} left: {message.reason or 'no reason given'}"
-            )
+            self._server_gone(message.worker, message.reason or "no reason given")
         self._waiting.pop(message.worker, None)
         self._remove(message.worker, message.reason or "left")
         self._end_when_alone()
+
+    def _server_gone(self, worker: str, why: str) -> None:
+        """The model goes with it: a run that has begun is over."""
+        del self.servers[worker]
+        self._say(f"parameter server {worker} left: {why}")
+        if self.started is not None:
+            self.stop(f"the parameter server left: {why}")
 
     def _remove(self, worker: str, reason: str) -> None:
         record = self.table.remove(worker)
@@ -394,23 +451,34 @@ class Handlers:
         self._journal.write("leave", worker=worker, reason=reason)
         if self.stopped is None:
             self._say(f"{record.role} {worker} left: {reason}")
-        if record.active:
+        if self.started is None and not self.table.records:
+            self.layout = None  # nothing was trained: the next worker may bring another model
+        if record.active and self.stopped is None:  # a stopped run publishes no more versions
             self._announce_members()
 
     def on_tick(self, peer: bytes, event: Tick) -> None:
         now = self._clock()
+        members: list[Record | Server] = [*self.table.records.values(), *self.servers.values()]
+        for member in members:
+            member.heard = min(now, member.heard + event.late_s)
         for record in list(self.table.records.values()):
             if now - record.heard > self.config.heartbeat_s:
                 self._remove(record.worker, f"evicted: silent for {self.config.heartbeat_s:g} s")
+        for server in list(self.servers.values()):
+            if now - server.heard > max(self.config.heartbeat_s, SERVER_SILENCE_S):
+                self._server_gone(server.worker, "it was silent for too long")
         limit = self.config.duration_s
         if self.stopped is None:
             if limit and self.started is not None and now - self.started >= limit:
                 self.stop(f"{limit:g} seconds")
             self._say_waiting()
+            self._say_progress(now)
         elif now - self._stopped_at > GOODBYE_S:
-            log.warning("some members never said goodbye: %s", list(self.table.records))
-            self.table.records.clear()
-            self.servers.clear()
+            for record in list(self.table.records.values()):
+                # An evaluator may evaluate the last version for as long as it is heard of.
+                if record.role != "evaluator" or now - self._stopped_at > EVALUATION_S:
+                    log.warning("%s never said goodbye", record.worker)
+                    self._remove(record.worker, "never said goodbye")
         self._end_when_alone()
 
     def _say_waiting(self) -> None:
@@ -421,6 +489,18 @@ class Handlers:
                 self._say(f"waiting for {text}")
                 for worker in self._at_gate:
                     self._send(worker.encode(), Status(waiting_for=text))
+
+    def _say_progress(self, now: float) -> None:
+        if self.started is None or now - max(self.started, self._progress_said_at) < PROGRESS_S:
+            return
+        self._progress_said_at = now
+        latest = self.history.accuracy[-1:]
+        accuracy = f", accuracy {latest[0]['accuracy']:.4f}" if latest else ""
+        count = len(self.table.active())
+        self._say(
+            f"{now - self.started:.0f} s: round {self.history.version}, "
+            f"{count} worker{'s' if count != 1 else ''}{accuracy}"
+        )
 
     def waiting_for(self) -> str:
         """What keeps the run from going on, in words; empty if nothing does."""
@@ -441,6 +521,7 @@ class Handlers:
             return
         self.stopped = reason
         self._stopped_at = self._clock()
+        self._on_stop()
         self._journal.write("stop", reason=reason, round=self.history.version)
         self._say(f"the run ends: {reason}")
         for record in self.table.records.values():
@@ -461,10 +542,13 @@ class Handlers:
 
     def _announce_members(self) -> None:
         self._epoch += 1
+        for server in self.servers.values():
+            self._send_members(server)
+
+    def _send_members(self, server: Server) -> None:
         workers: dict[str, Any] = {r.worker: r.rank for r in self.table.active()}
         layout = self.layout.to_wire() if self.layout else None
-        for worker in self.servers:
-            self._send(worker.encode(), Members(self._epoch, workers, layout))
+        self._send(server.worker.encode(), Members(self._epoch, workers, layout))
 
     # Looking
 
@@ -492,6 +576,7 @@ class Handlers:
             "accuracy": latest.get("accuracy"),
             "accuracy_round": latest.get("round"),
             "loss": latest.get("loss"),
+            "steps": self.history.total("steps"),
             "workers": [
                 {
                     "worker": r.worker,

@@ -63,6 +63,11 @@ class History:
         )
         self.accuracy.sort(key=lambda row: int(row["round"]))
 
+    def total(self, key: str) -> float:
+        """The sum of one of the workers' totals, over everybody who ever took part."""
+        rows = [p.record for p in self.passages if p.record.role == "worker"]
+        return float(sum(record.totals.get(key, 0) for record in rows))
+
     def time_to(self, threshold: float) -> float | None:
         """Seconds from the start until a published model had this test accuracy."""
         for row in self.accuracy:
@@ -72,15 +77,13 @@ class History:
 
     def summary(self, config: RunConfig, wall_s: float, reason: str) -> dict[str, Any]:
         """The contents of `summary.json` (docs/operations.md describes the fields)."""
-        workers = [
-            _worker_row(passage)
-            for passage in sorted(self.passages, key=lambda p: (p.record.rank, p.joined_s))
-            if passage.record.role == "worker"
-        ]
+        passages = sorted(self.passages, key=lambda p: (p.record.rank, p.joined_s))
+        workers = [_worker_row(p) for p in passages if p.record.role == "worker"]
+        evaluators = [_worker_row(p) for p in passages if p.record.role == "evaluator"]
         samples = sum(row["samples"] for row in workers)
         return {
             "mode": config.mode,
-            "policy": config.policy,
+            "policy": config.policy if config.mode == "esync" else None,
             "model": config.model,
             "dataset": config.dataset,
             "split": config.split,
@@ -94,9 +97,11 @@ class History:
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "workers": workers,
+            "evaluators": [{"name": row["name"], "eval_s": row["eval_s"]} for row in evaluators],
             "accuracy": self.accuracy,
             "final_accuracy": self.accuracy[-1]["accuracy"] if self.accuracy else None,
             "time_to": {f"{x:g}": self.time_to(x) for x in THRESHOLDS},
+            "run": config.to_wire(),
         }
 
 

@@ -51,7 +51,8 @@ class Policy(Protocol):
         """What `record`'s worker does next. A `sync` is remembered in the record."""
 
     def hurry(self, table: Table, record: Record, now: float) -> list[Record]:
-        """Now that `record`'s worker has arrived at the barrier: who else is to come at once, without asking."""
+        """Now that `record`'s worker, which was the slowest or is, has arrived at the barrier: who else is to come
+        at once, without asking."""
 
 
 class FixedSteps:
@@ -153,19 +154,23 @@ class AdaptiveEsync:
         return math.floor(max(0.0, min(left / record.step_s.value, MOST_STEPS)))
 
     def hurry(self, table: Table, record: Record, now: float) -> list[Record]:
-        """The slowest came sooner than expected: whoever has no time for another step does not use up its lease."""
-        if record is not table.slowest():
+        """Somebody came sooner than expected: whoever has no time for another step does not use up its lease."""
+        slowest = table.slowest()
+        if slowest is None or not slowest.step_s.value:
             return []
         late = [
             other
             for other in table.active()
             if other.round == record.round
-            and not other.ready
             and other.step_s.value
-            and not self._fitting_steps(record, other, now)
+            and not other.arrived
+            and not (other.ready and other.goal <= other.step + 1)
+            and (
+                other.step > 0 if other is slowest else not self._fitting_steps(slowest, other, now)
+            )
         ]
         for other in late:
-            other.ready = True
+            other.ready, other.goal = True, other.step
         return late
 
     @staticmethod

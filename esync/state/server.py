@@ -60,6 +60,7 @@ class StateServer:
             time.monotonic,
             journal=self._journal,
             say=say,
+            on_stop=self._write_summary,
             finished=self._server.stop,
         )
         for kind, handler in self.handlers.table_of_handlers().items():
@@ -76,18 +77,25 @@ class StateServer:
             await self._server.run()
         finally:
             ticker.cancel()
-            summary = self.handlers.summary()
-            summary["refused"] = dict(self._server.counters)
-            if self._run_dir:
-                write_summary(self._run_dir / "summary.json", summary)
+            summary = self._write_summary()
             self._journal.close()
             self._socket.close()
         return summary
 
+    def _write_summary(self) -> dict[str, Any]:
+        """When the run stops, and again when the last evaluation is in and everybody has left."""
+        summary = self.handlers.summary()
+        summary["refused"] = dict(self._server.counters)
+        if self._run_dir:
+            write_summary(self._run_dir / "summary.json", summary)
+        return summary
+
     async def _tick(self) -> None:
         while True:
-            self._server.post(Tick())
+            before = time.monotonic()
             await asyncio.sleep(TICK_S)
+            late_s = time.monotonic() - before - TICK_S
+            self._server.post(Tick(late_s if late_s > 1.0 else 0.0))
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:

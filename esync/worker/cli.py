@@ -57,7 +57,8 @@ def main(
         endpoint, name=name, rank=rank, device=_label(settings), role=role, wait_s=wait, say=cli.say
     ) as worker:
         journal = Journal(_log(directory, worker.name), worker.name)
-        cli.say(f"{role} {worker.name} joined {endpoint} with rank {worker.rank}")
+        rank_text = "" if evaluate else f" with rank {worker.rank}"
+        cli.say(f"{worker.name} joined {endpoint} as {role}{rank_text}")
         try:
             if evaluate:
                 loop.evaluate(worker, journal, cli.say)
@@ -84,9 +85,9 @@ def _row_of(raw: dict[str, Any], name: str) -> dict[str, Any]:
 def _label(settings: WorkerConfig) -> str:
     """The device as people see it in tables."""
     if settings.step_time_s:
-        return f"{settings.device} ({settings.step_time_s:g} s/step)"
+        return f"{settings.device} {settings.step_time_s * 1000:g} ms"
     if settings.slowdown > 1:
-        return f"{settings.device} (/{settings.slowdown:g})"
+        return f"{settings.device} /{settings.slowdown:g}"
     return settings.device
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -72,7 +73,12 @@ class Worker:
             rank = int(os.environ[transport.RANK])
         messages.check_worker_id(self.name)
         join = Join(
-            self.name, role, rank=rank, host=transport.hostname(), device=device or _device_name()
+            self.name,
+            role,
+            rank=rank,
+            host=transport.hostname(),
+            device=device or _device_name(),
+            life=secrets.token_hex(4),
         )
         self._link = Link(
             state, join, wait_s=wait_s, context=context or zmq.Context.instance(), say=say
@@ -228,10 +234,11 @@ class Worker:
             raise EsyncError("call start before step")
         jax.block_until_ready(params)
         with self._changed:
-            session.finished(
-                time.perf_counter() - self._resumed,
-                self.config.batch_size if samples is None else samples,
-            )
+            if session.final is None:  # what was still running when the run ended does not count
+                session.finished(
+                    time.perf_counter() - self._resumed,
+                    self.config.batch_size if samples is None else samples,
+                )
         action = self._decide(loss)
         if action is Action.SYNC:
             params, stats = self._synchronise(params, stats, loss, session)
@@ -246,7 +253,9 @@ class Worker:
         assert session is not None
         assert assembly is not None
         began = None
-        asked_at = 0.0
+        asked_at = (
+            time.monotonic()
+        )  # or before: what was asked while the last step ran may be lost too
         with self._changed:
             while True:
                 if shared.error is not None:
@@ -263,7 +272,7 @@ class Worker:
                     began = time.perf_counter()
                 shared.phase = "query"
                 self._changed.wait(RETRY_S / 2)
-                if asked_at and time.monotonic() - asked_at > RETRY_S:
+                if time.monotonic() - asked_at > RETRY_S:
                     session.ask_again()
             shared.phase = "train"
         if began is not None and session.step:
@@ -421,7 +430,7 @@ class Worker:
                     ended_at = ended_at or now
                     if session.round >= session.final or now - ended_at > GOODBYE_S:
                         return None
-                if now - asked_at > RETRY_S / 2:
+                if now - max(asked_at, self._link.progress_at) > RETRY_S / 2:
                     asked_at = now
                     self._link.inbox.put(Fetch(self.name, session.round))
                 self._changed.wait(RETRY_S / 4)

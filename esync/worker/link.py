@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from esync import messages, transport
 from esync.errors import EsyncError, ProtocolError, TransportError
@@ -41,6 +42,8 @@ from esync.worker.session import Session
 log = logging.getLogger("esync.worker")
 INITIAL = -1
 POLL_MS = 250
+NAME_TAKEN_S = 8.0
+"""How long to try for a name that somebody else seems to have."""
 RETRY_S = 1.0
 """After so long without progress what was asked for is asked for again."""
 
@@ -102,9 +105,15 @@ class Link(threading.Thread):
         self._sub: zmq.Socket[bytes] | None = None
         self._outgoing: deque[list[Any]] = deque()
         self._poller = zmq.Poller()
+        self._lost_at: float | None = None
+        self._monitor = self._control.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
         self._last_said = ""
+        self._answered = False
+        self._began = 0.0
         self._joined_at = 0.0
-        self._progress_at = 0.0
+        self.progress_at = 0.0
         self._beat_at = 0.0
 
     def run(self) -> None:
@@ -114,6 +123,7 @@ class Link(threading.Thread):
             log.exception("the worker's link failed")
             self._fail(EsyncError(f"the worker's input/output failed: {error}"))
         finally:
+            self._monitor.close(0)
             self._control.close()
             for socket in (self._push, self._sub):
                 if socket is not None:
@@ -124,22 +134,33 @@ class Link(threading.Thread):
         poller = self._poller
         poller.register(self.inbox.fileno(), zmq.POLLIN)
         poller.register(self._control, zmq.POLLIN)
-        began = time.monotonic()
+        monitor = self._monitor
+        poller.register(monitor, zmq.POLLIN)
+        self._began = time.monotonic()
         self._send_join()
         while True:
-            ready = dict(poller.poll(POLL_MS))
+            ready = dict(poller.poll(self._poll_ms()))
             if self.inbox.fileno() in ready:
                 for item in self.inbox.take():
                     if item is None:
                         return
                     self._outbound(item)
+            if monitor in ready:
+                up = recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+                self._lost_at = None if up else self._lost_at or time.monotonic()
             if self._control in ready:
                 self._drain(self._control, self._on_control)
             if self._sub is not None and self._sub in ready:
                 self._drain(self._sub, self._on_data)
             if self._outgoing:
                 self._flush()
-            self._on_time(time.monotonic(), began)
+            self._on_time(time.monotonic(), self._began)
+
+    def _poll_ms(self) -> int:
+        if self.shared.welcome is None:
+            return POLL_MS
+        until_beat = int((self._beat_at - time.monotonic()) * 1000)
+        return min(POLL_MS, max(1, until_beat))
 
     # To the servers
 
@@ -147,7 +168,7 @@ class Link(threading.Thread):
         if isinstance(item, Push):
             with self.shared.changed:
                 self.shared.update = item
-            self._progress_at = time.monotonic()
+            self.progress_at = time.monotonic()
             self._queue_update(item)
         elif isinstance(item, Layout):
             self._join.layout = item.to_wire()
@@ -219,6 +240,7 @@ class Link(threading.Thread):
 
     def _on_control(self, frames: list[zmq.Frame]) -> None:
         message = messages.decode(frames[0].buffer)
+        self._answered = True
         shared = self.shared
         if isinstance(message, Response):
             with shared.changed:
@@ -256,13 +278,16 @@ class Link(threading.Thread):
         topics = [own] if self._join.role == "evaluator" else [b"model", own]
         self._sub = transport.sub(self._context, model, topics)
         self._poller.register(self._sub, zmq.POLLIN)
-        self._progress_at = time.monotonic()
+        self.progress_at = time.monotonic()
 
     def _on_error(self, message: Error) -> None:
         if message.code == "unknown-worker":
             log.info("the state server does not know us (any more): joining again")
             if time.monotonic() - self._joined_at > RETRY_S:
                 self._send_join()
+            return
+        if message.code == "name-taken" and time.monotonic() - self._began < NAME_TAKEN_S:
+            self._tell(message.text)  # the one that was killed is soon forgotten
             return
         self._fail(ProtocolError(message.code, message.text))
 
@@ -275,7 +300,7 @@ class Link(threading.Thread):
             if len(frames) != 3:
                 raise MessageError("bad-frames", "a model message has one payload")
             assert shared.assembly is not None
-            self._progress_at = time.monotonic()
+            self.progress_at = time.monotonic()
             with shared.changed:
                 if shared.assembly.add(message, frames[2].buffer):
                     shared.changed.notify_all()
@@ -306,18 +331,23 @@ class Link(threading.Thread):
 
     def _on_time(self, now: float, began: float) -> None:
         shared = self.shared
-        if shared.welcome is None:
+        if not self._answered:
             if now - began > 2.0:
                 self._tell(f"waiting for the state server at {self._state}")
-            if now - began > self._wait_s and not self._last_said.startswith("waiting for the p"):
+            if now - began > self._wait_s:
                 self._fail(TransportError(transport.no_state_server(self._state, self._wait_s)))
+        elif self._lost_at is not None and now - self._lost_at > self._wait_s:
+            text = (
+                f"the state server at {self._state} is gone: no connection for {self._wait_s:g} s"
+            )
+            self._fail(TransportError(text))
         if not shared.accepted and now - self._joined_at > RETRY_S:
             self._send_join()
         if shared.welcome is not None and now >= self._beat_at:
             self._beat_at = now + min(2.0, shared.welcome.heartbeat_s / 4)
             self._beat()
-        if shared.awaiting is not None and now - self._progress_at > RETRY_S:
-            self._progress_at = now
+        if shared.awaiting is not None and now - self.progress_at > RETRY_S:
+            self.progress_at = now
             self.fetch()
 
     def _beat(self) -> None:
@@ -358,6 +388,6 @@ class Link(threading.Thread):
     def close(self, reason: str) -> None:
         """Say goodbye and end the thread."""
         if self.is_alive():
-            self.inbox.put(Leave(self._join.worker, reason))
+            self.inbox.put(Leave(self._join.worker, reason, self._join.life))
             self.inbox.put(None)
             self.join(timeout=5)

@@ -10,10 +10,18 @@ from typing import Any
 import jax
 
 from esync import data
-from esync.config import WorkerConfig
+from esync.config import OWN, RunConfig, WorkerConfig
+from esync.errors import ConfigError
 from esync.journal import Journal
 from esync.worker.client import Worker
-from esync.worker.step import classifier, device_for, on_device, random_key, test_accuracy
+from esync.worker.step import (
+    EVALUATION_BATCH,
+    classifier,
+    device_for,
+    on_device,
+    random_key,
+    test_accuracy,
+)
 
 
 def train(
@@ -25,6 +33,7 @@ def train(
         DataError, ModelError, DeviceError: the run's data, model or device cannot be had here.
     """
     run = worker.config
+    _refuse_own(run)
     device = device_for(config.device)
     with jax.default_device(device):
         dataset = data.load(run.dataset, run.data_dir or None, say=say)
@@ -66,13 +75,22 @@ def evaluate(worker: Worker, journal: Journal, say: Callable[[str], None]) -> No
     dataset = data.load(run.dataset, run.data_dir or None, say=say)
     model = classifier(run, dataset)
     test = on_device(dataset.test_images, dataset.test_labels, jax.devices()[0])
-    test_accuracy(model, model.params, model.stats, test)
+    # Compiled before the run starts, on a part of the test set: on a slow machine the whole takes long.
+    test_accuracy(model, model.params, model.stats, [x[:EVALUATION_BATCH] for x in test])
     for version, params, stats in worker.watch(model.params, model.stats):
         began = time.perf_counter()
         accuracy, loss = test_accuracy(model, params, stats, test)
         seconds = time.perf_counter() - began
         worker.report_accuracy(version, accuracy, loss, seconds)
         journal.write("accuracy", round=version, accuracy=accuracy, loss=loss, eval_s=seconds)
+
+
+def _refuse_own(run: RunConfig) -> None:
+    if run.model == OWN:
+        raise ConfigError(
+            'this run has model = "own": its workers are programs that use esync.Worker, not esync-worker. '
+            "Start yours, or give each of [[workers]] a command"
+        )
 
 
 class Pace:
