@@ -231,6 +231,7 @@ def test_others_than_the_slowest_arriving_hurry_nobody():
     policy = AdaptiveEsync()
     table = table_of(policy, [(0.01, 5), (0.02, 3), (2.0, 0)])
     table.records["w0"].ready = table.records["w0"].arrived = True
+    table.records["w2"].ready, table.records["w2"].goal = True, 1
     assert policy.hurry(table, table.records["w0"], 1.0) == []
     assert PaperEsync().hurry(table, table.records["w2"], 1.0) == []
 

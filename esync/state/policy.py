@@ -165,9 +165,7 @@ class AdaptiveEsync:
             and other.step_s.value
             and not other.arrived
             and not (other.ready and other.goal <= other.step + 1)
-            and (
-                other.step > 0 if other is slowest else not self._fitting_steps(slowest, other, now)
-            )
+            and (other is slowest or not self._fitting_steps(slowest, other, now))
         ]
         for other in late:
             other.ready, other.goal = True, other.step
