@@ -28,7 +28,7 @@ STATE, NAME, RANK = "ESYNC_STATE", "ESYNC_NAME", "ESYNC_RANK"
 MAX_CONTROL_BYTES = 4 << 20
 """Largest frame on the control channel."""
 MAX_CHUNK_BYTES = 4 << 20
-"""Largest frame on the data channel; chunks are at most 2 MiB."""
+"""Largest frame on the data channel; chunks are at most 1 MiB."""
 LINGER_MS = 2000
 
 
