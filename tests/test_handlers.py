@@ -19,7 +19,7 @@ from esync.messages import (
     Status,
     Welcome,
 )
-from esync.state.handlers import GOODBYE_S, Handlers, StopRun, Tick
+from esync.state.handlers import GOODBYE_S, TICK_S, Handlers, StopRun, Tick
 from esync.state.history import TOTALS
 from esync.tensors import DELTA, Layout, Leaf
 
@@ -400,8 +400,9 @@ def test_a_silent_worker_is_evicted_announced_and_no_longer_waited_for():
     server = running("a", "b", heartbeat_s=4.0)
     server.tick(3.0)
     server.beat("a")
-    assert server.tick(1.0) == []
-    sent = server.tick(0.5)
+    assert server.tick(1.0 - TICK_S) == []
+    sent = server.tick(0.9 * TICK_S)
+    assert server.now - 100.0 < 4.0, "within the heartbeat time, not at the first look after it"
     (members,) = to("ps", sent)
     assert members.workers == {"a": 0}
     assert "b" not in server.table.records

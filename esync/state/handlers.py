@@ -37,6 +37,8 @@ from esync.tensors import Layout
 from esync.version import VERSION
 
 log = logging.getLogger("esync.state")
+TICK_S = 0.2
+"""Seconds between two looks at the time."""
 GOODBYE_S = 20.0
 """How long a stopped run waits for its members to say goodbye."""
 EVALUATION_S = 600.0
@@ -462,7 +464,9 @@ class Handlers:
         for member in members:
             member.heard = min(now, member.heard + event.late_s)
         for record in list(self.table.records.values()):
-            if now - record.heard > self.config.heartbeat_s:
+            if (
+                now - record.heard > self.config.heartbeat_s - TICK_S
+            ):  # the next look would be too late
                 self._remove(record.worker, f"evicted: silent for {self.config.heartbeat_s:g} s")
         for server in list(self.servers.values()):
             if now - server.heard > max(self.config.heartbeat_s, SERVER_SILENCE_S):

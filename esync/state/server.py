@@ -15,9 +15,7 @@ from esync import transport
 from esync.config import RunConfig
 from esync.journal import Journal
 from esync.messaging import MessageServer
-from esync.state.handlers import Handlers, StopRun, Tick
-
-TICK_S = 0.2
+from esync.state.handlers import TICK_S, Handlers, StopRun, Tick
 
 
 class StateServer:
