@@ -286,7 +286,7 @@ def test_an_idx_file_of_another_length_than_announced_is_refused(content):
 def test_the_official_fashion_mnist_passes_its_checks(monkeypatch):
     monkeypatch.setattr(files, "SYSTEM", SYSTEM)
     if data.find("fashion-mnist") is None:
-        pytest.skip("Fashion-MNIST is not installed here")
+        pytest.skip("the real Fashion-MNIST is not here: apt-get install dataset-fashion-mnist")
     read = data.load("fashion-mnist")
     assert read.train_images.shape == (60_000, 28, 28, 1)
     assert np.bincount(read.test_labels).tolist() == [1000] * 10

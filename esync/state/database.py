@@ -92,7 +92,7 @@ class Record:
 
 
 class Table:
-    """All records, the current round, and the slowest active worker (kept, not searched for).
+    """All records, and the slowest active worker (kept, not searched for).
 
     Args:
         estimate: makes the estimator of a duration.
@@ -105,7 +105,6 @@ class Table:
         unmeasured_s: float = float("inf"),
     ) -> None:
         self.records: dict[str, Record] = {}
-        self.round = 0
         self._estimate = estimate
         self._unmeasured_s = unmeasured_s
         self._slowest: Record | None = None

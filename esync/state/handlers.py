@@ -410,7 +410,6 @@ class Handlers:
         self, version: int, bytes_up: int, bytes_down: int, members: dict[str, Any], now: float
     ) -> None:
         """A version is out."""
-        self.table.round = max(self.table.round, version)
         self.history.published(version, self._t(now), bytes_up, bytes_down)
         for worker, early_s in members.items():
             record = self.table.records.get(worker)

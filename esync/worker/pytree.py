@@ -70,7 +70,6 @@ class Packer:
         else:
             self._pack = jax.jit(self._pack_with(jnp))
             self._unpack = jax.jit(self._unpack_with(jnp))
-        self._zero: Any = None
 
     def _pack_with(self, xp: Any) -> Callable[[list[Any], Any], Any]:
         order = self._order
