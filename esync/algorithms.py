@@ -110,6 +110,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "outer_momentum": 0.8,
         "global_lr": 0.7,
         "ema": 0.8,
+        "compression": "int8",
     },
     "skewed": {
         "mode": "esync",
@@ -119,6 +120,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "outer_momentum": 0.9,
         "global_lr": 1.0,
         "ema": 0.8,
+        "compression": "int8",
     },
 }
 """Name -> options of `[run]` that belong together; what a run sets itself takes precedence."""

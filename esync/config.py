@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from esync import models
 from esync.algorithms import ALGORITHMS, PRESETS, algorithm
+from esync.compression import COMPRESSIONS, Encoding
 from esync.errors import ConfigError, unknown
 from esync.messages import MessageError, check_worker_id
 from esync.transport import DEFAULT_STATE
@@ -120,6 +121,14 @@ class RunConfig:
         "Mode esync: local steps of the slowest worker a round; auto: as many as a synchronisation costs.",
         low=0,
         words={"auto": 0},
+    )
+    compression: str = _option(
+        "none",
+        "How deltas travel, both ways where there is a barrier (docs/algorithms.md).",
+        choices=COMPRESSIONS,
+    )
+    topk: float = _option(
+        0.01, "Compression topk: share of the elements that is sent.", low=0.000001, high=1
     )
     dcasgd: bool = _option(False, "Mode async: compensate the delay (DC-ASGD; needs sgd).")
     dc_lambda: float = _option(0.04, "DC-ASGD's lambda.", low=0)
@@ -246,6 +255,11 @@ class RunConfig:
     def asks_first(self) -> bool:
         """Whether workers wait for an answer before the first local step of each round."""
         return algorithm(self.mode).asks_first
+
+    @property
+    def encoding(self) -> Encoding:
+        """How deltas travel."""
+        return COMPRESSIONS[self.compression](self.topk)
 
     def to_wire(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -25,6 +25,8 @@ MAX_TEXT = 4096
 """Longest string in a message, in characters."""
 MAX_ID = 64
 """Longest worker id, in characters."""
+INITIAL = -1
+"""The round of the update that brings the initial model."""
 
 
 def check_worker_id(worker: str) -> None:
@@ -200,7 +202,7 @@ class Error:
 class Update:
     """Worker -> parameter server, followed by one chunk of tensor data as a second frame.
 
-    `round` is the version of the model that the update was computed from; -1 marks the initial model.
+    `round` is the version of the model that the update was computed from, or `INITIAL`.
     """
 
     TYPE: ClassVar[str] = "update"
@@ -241,13 +243,16 @@ class Have:
 
 @dataclass(slots=True)
 class Model:
-    """Parameter server -> workers, followed by one chunk of tensor data."""
+    """Parameter server -> workers, followed by one chunk of tensor data: of the model itself, or (`base` >= 0) the
+    difference from version `base`."""
 
     TYPE: ClassVar[str] = "model"
     incarnation: str
     version: int
     chunk: int
     digest: str
+    encoding: str = "f32"
+    base: int = -1
 
 
 @dataclass(slots=True)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from esync import tensors
 from esync.config import RunConfig
 from esync.errors import ModelError
+from esync.messages import INITIAL
 from esync.ps.aggregation import (
-    INITIAL,
     Completed,
     Contribution,
     FedAsync,

@@ -240,9 +240,9 @@ def test_a_held_worker_that_missed_a_model_fetches_it_and_takes_part_when_it_is_
         assert server is not None
         send = server._send_chunk
 
-        def lossy(worker: str | None, version: int, chunk: int, data: Any) -> None:
-            if worker is not None or version == 0:
-                send(worker, version, chunk, data)
+        def lossy(worker: str | None, event: Published) -> None:
+            if worker is not None or event.version == 0:
+                send(worker, event)
 
         server._send_chunk = lossy  # type: ignore[method-assign]
         threads = [cluster.train(f"w{i}", few_steps, rank=i) for i in range(2)]

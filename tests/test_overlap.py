@@ -18,6 +18,7 @@ import pytest
 from esync import messages
 from esync.config import RunConfig
 from esync.messages import Leave, Update
+from esync.ps.aggregation import Published
 from esync.state.database import Record, Table
 from esync.state.policy import SYNC, Decision, FixedSteps, Policy
 from esync.worker.client import Worker
@@ -263,11 +264,11 @@ def test_a_model_that_is_lost_on_the_way_is_fetched_while_training_goes_on() -> 
     lost = []
 
     def prepare(cluster: Cluster) -> None:
-        def lossy(worker: str | None, version: int, chunk: int, data: Any) -> None:
-            if worker is None and version == 3:
-                lost.append(version)
+        def lossy(worker: str | None, event: Published) -> None:
+            if worker is None and event.version == 3:
+                lost.append(event.version)
             else:
-                send(worker, version, chunk, data)
+                send(worker, event)
 
         _until(lambda: cluster.ps.thread is not None)
         assert cluster.ps.thread is not None

@@ -12,7 +12,8 @@ import pytest
 
 from esync import tensors
 from esync.config import RunConfig
-from esync.ps.aggregation import INITIAL, Contribution, FedAsync, Immediate, Mean
+from esync.messages import INITIAL
+from esync.ps.aggregation import Contribution, FedAsync, Immediate, Mean
 from esync.ps.backend import NumpyBackend
 from esync.tensors import DELTA, VALUE, Layout, Leaf
 

@@ -19,6 +19,7 @@ from esync import messages, tensors, transport
 from esync.config import RunConfig
 from esync.errors import ProtocolError
 from esync.messages import Error, Status, Update
+from esync.ps.aggregation import Published
 from esync.ps.server import ParameterServer
 from esync.worker.client import Worker
 from tests.cluster import Cluster, Thread
@@ -299,11 +300,11 @@ def test_lost_model_chunks_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) 
         send = server._send_chunk
         lost = []
 
-        def lossy(worker: str | None, version: int, chunk: int, data: Any) -> None:
-            if worker is None and version % 3 == 0 and version:
-                lost.append(version)
+        def lossy(worker: str | None, event: Published) -> None:
+            if worker is None and event.version % 3 == 0 and event.version:
+                lost.append(event.version)
             else:
-                send(worker, version, chunk, data)
+                send(worker, event)
 
         monkeypatch.setattr(server, "_send_chunk", lossy)
         finals = [thread.result() for thread in threads]

@@ -13,13 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from esync.compression import Compressor, Decoder, Payload
 from esync.config import RunConfig
+from esync.messages import INITIAL
 from esync.ps.backend import Array, Backend
 from esync.ps.outer import OUTER
 from esync.tensors import DELTA, Layout
-
-INITIAL = -1
-"""The round of the update that brings the initial model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +40,25 @@ class Contribution:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoded:
+    """A chunk as the difference from the version before: the encoding's name and the bytes to send."""
+
+    encoding: str
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
-    """A chunk of a version is final; for one worker, or for everybody (None)."""
+    """A chunk of a version is final; for one worker, or for everybody (None).
+
+    Whoever has the version before can make the chunk of it from `encoded`, where that is given.
+    """
 
     version: int
     chunk: int
     data: Array
     worker: str | None = None
+    encoded: Encoded | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +165,8 @@ class Mean(Aggregation):
 
     A worker that is not (yet) expected is included if its update comes in time.
 
+    With compression, what is published of a chunk of deltas is how it moves, encoded.
+
     Attributes:
         outer: the outer optimiser.
 
@@ -167,6 +180,8 @@ class Mean(Aggregation):
     ) -> None:
         super().__init__(layout, backend, config)
         self.outer = OUTER[config.outer](backend, config, len(layout.chunks))
+        self._compressor = Compressor(config.encoding, layout, (config.seed,))
+        self._decoder = Decoder(config.encoding, layout)
         self._ordered = ordered
         self._average: list[Array] = []
         self._expected: dict[str, int] = {}
@@ -191,6 +206,7 @@ class Mean(Aggregation):
         self._steps = [0] * len(self.chunks)
         self._kept: list[list[Contribution]] = [[] for _ in self.chunks]
         self._next: list[Array] = [None] * len(self.chunks)
+        self._encoded: list[Encoded | None] = [None] * len(self.chunks)
 
     def _receive(self, update: Contribution) -> list[Event]:
         if update.round != self.version or self._next[update.chunk] is not None:
@@ -233,11 +249,12 @@ class Mean(Aggregation):
         for chunk in candidates:
             arrived = self._arrived[chunk]
             if self._next[chunk] is None and arrived and arrived >= self._expected.keys():
-                self._next[chunk] = self._new_value(chunk)
-                if self._next[chunk] is None:
-                    self._next[chunk] = self.chunks[chunk]  # finite updates, but their sum is not
+                new = self._new_value(chunk)
+                if new is None:
+                    new = self.chunks[chunk]  # finite updates, but their sum is not
                     events.append(Refused("overflow"))
-                events.append(Published(self.version + 1, chunk, self._next[chunk]))
+                self._next[chunk] = self._encode(chunk, new)
+                events.append(self._published(chunk))
         if events and all(x is not None for x in self._next):
             members = frozenset[str]().union(*self._arrived)
             before = self.averaged()
@@ -266,6 +283,24 @@ class Mean(Aggregation):
         mean = self.backend.scaled(total, scale)
         return mean if self.backend.is_finite(mean) else None
 
+    def _encode(self, chunk: int, new: Array) -> Array:
+        """Encode how a chunk moves, where the run compresses; returns where that really moves it.
+
+        The next version is what its receivers make of it: their models and this one stay the same to the bit.
+        """
+        old, backend = self.chunks[chunk], self.backend
+        if self.layout.chunks[chunk].kind != DELTA or self.config.compression == "none":
+            return new
+        moved = backend.host(backend.blend(new, 1.0, old, -1.0))
+        name, payload = self._compressor.encode(chunk, moved, self.version)
+        self._encoded[chunk] = Encoded(name, payload)
+        step = self._decoder.decode(name, chunk, memoryview(payload))
+        return backend.blend(old, 1.0, backend.load(step), 1.0)
+
+    def _published(self, chunk: int) -> Published:
+        version, data = self.version + 1, self._next[chunk]
+        return Published(version, chunk, data, encoded=self._encoded[chunk])
+
     def _missing(self, worker: str, round: int) -> list[int]:
         if round != self.version:
             return []
@@ -276,9 +311,7 @@ class Mean(Aggregation):
         ]
 
     def in_progress(self) -> list[Published]:
-        return [
-            Published(self.version + 1, i, x) for i, x in enumerate(self._next) if x is not None
-        ]
+        return [self._published(i) for i, x in enumerate(self._next) if x is not None]
 
 
 @dataclass(slots=True)

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from esync.compression import is_finite
 from esync.errors import DeviceError
+from esync.tensors import Vector
 
 Array = Any
 """A one-dimensional float32 array of the backend."""
@@ -21,12 +23,8 @@ class Backend(Protocol):
 
     name: str
 
-    def load(self, frame: memoryview) -> Array:
-        """The frame's bytes as a read-only vector; on the CPU without a copy.
-
-        Raises:
-            ValueError: the length is no multiple of four bytes.
-        """
+    def load(self, x: Vector) -> Array:
+        """A vector in host memory as one of this backend; on the CPU without a copy."""
 
     def is_finite(self, x: Array) -> bool:
         """Whether no element is NaN or infinite."""
@@ -54,8 +52,8 @@ class Backend(Protocol):
     def adaptive(self, base: Array, m: Array, v: Array, scale: float, epsilon: float) -> Array:
         """A new vector `base + scale * m / (sqrt(v) + epsilon)`: Adam's step."""
 
-    def host(self, x: Array) -> memoryview:
-        """The vector's bytes in host memory, to be sent; on the CPU without a copy."""
+    def host(self, x: Array) -> Vector:
+        """The vector in host memory; on the CPU without a copy."""
 
 
 _overflow_is_checked_later = np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -66,15 +64,11 @@ class NumpyBackend:
 
     name = "cpu"
 
-    def load(self, frame: memoryview) -> Array:
-        x = np.frombuffer(frame, np.float32)
-        x.flags.writeable = False
+    def load(self, x: Vector) -> Array:
         return x
 
-    @_overflow_is_checked_later
     def is_finite(self, x: Array) -> bool:
-        # One pass: a NaN or an infinity survives any sum. A sum may also overflow, so look closer then.
-        return bool(np.isfinite(np.sum(x))) or bool(np.isfinite(x).all())
+        return is_finite(x)
 
     def filled(self, x: Array, value: float) -> Array:
         return np.full(x.size, value, np.float32)
@@ -127,8 +121,8 @@ class NumpyBackend:
         out += base
         return out
 
-    def host(self, x: Array) -> memoryview:
-        return memoryview(x).cast("B")
+    def host(self, x: Array) -> Vector:
+        return np.asarray(x)
 
 
 class CupyBackend:
@@ -188,16 +182,15 @@ class CupyBackend:
             "esync_adapt",
         )
 
-    def load(self, frame: memoryview) -> Array:
-        source = np.frombuffer(frame, np.float32)
-        if self._pinned is None or self._pinned.size < source.size:
-            memory = self._cupy.cuda.alloc_pinned_memory(source.nbytes)
-            self._pinned = np.frombuffer(memory, np.float32, source.size)
-        staging = self._pinned[: source.size]
-        staging[:] = source
-        x = self._cupy.empty(source.size, np.float32)
-        x.set(staging)  # returns when the staging buffer may be used again
-        return x
+    def load(self, x: Vector) -> Array:
+        if self._pinned is None or self._pinned.size < x.size:
+            memory = self._cupy.cuda.alloc_pinned_memory(x.nbytes)
+            self._pinned = np.frombuffer(memory, np.float32, x.size)
+        staging = self._pinned[: x.size]
+        staging[:] = x
+        loaded = self._cupy.empty(x.size, np.float32)
+        loaded.set(staging)  # returns when the staging buffer may be used again
+        return loaded
 
     def is_finite(self, x: Array) -> bool:
         return bool(self._cupy.isfinite(x).all())
@@ -225,8 +218,8 @@ class CupyBackend:
     def adaptive(self, base: Array, m: Array, v: Array, scale: float, epsilon: float) -> Array:
         return self._adapt(base, m, v, np.float32(scale), np.float32(epsilon))
 
-    def host(self, x: Array) -> memoryview:
-        return memoryview(self._cupy.asnumpy(x)).cast("B")
+    def host(self, x: Array) -> Vector:
+        return np.asarray(self._cupy.asnumpy(x))
 
 
 def backend_for(device: str) -> Backend:

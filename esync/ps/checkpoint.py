@@ -16,7 +16,7 @@ def save_model(
     path: Path, layout: Layout, chunks: list[Array], backend: Backend, *, version: int
 ) -> None:
     """Write the model's leaves under their paths, in float32; the file appears whole or not at all."""
-    flat = np.concatenate([np.frombuffer(backend.host(chunk), np.float32) for chunk in chunks])
+    flat = np.concatenate([backend.host(chunk) for chunk in chunks])
     tensors, at = {}, 0
     for leaf in layout.leaves:
         tensors[leaf.path] = flat[at : at + leaf.size].reshape(leaf.shape)

@@ -25,15 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zmq
 
 from esync import messages, transport
 from esync.algorithms import algorithm
+from esync.compression import Decoder, Payload
 from esync.config import PsConfig, RunConfig, build
 from esync.errors import ConfigError, EsyncError, ModelError, ProtocolError, TransportError
 from esync.journal import Journal, rounded
 from esync.mailbox import Mailbox
 from esync.messages import (
+    INITIAL,
     Error,
     Fetch,
     Have,
@@ -52,7 +55,6 @@ from esync.messages import (
 from esync.messaging import LOCAL, MessageServer
 from esync.ps.aggregation import (
     AGGREGATIONS,
-    INITIAL,
     Aggregation,
     Completed,
     Contribution,
@@ -179,7 +181,7 @@ class TensorThread(threading.Thread):
     def _set_layout(self, layout: Layout) -> None:
         """Begin anew, unless this is the layout that we have."""
         if self.layout is None or layout.digest != self.layout.digest:
-            self.layout = layout
+            self.layout, self._decoder = layout, Decoder(self._config.encoding, layout)
             mode = algorithm(self._config.mode)
             extra = {"ordered": True} if mode.ordered else {}
             self.aggregation = AGGREGATIONS[mode.aggregation](
@@ -276,17 +278,8 @@ class TensorThread(threading.Thread):
         if message.incarnation and message.incarnation != self.incarnation:
             self.counters["incarnation"] += 1
             return
-        if message.encoding != "f32":
-            raise MessageError("bad-encoding", f"unknown encoding {message.encoding!r:.40}")
-        if not 0 <= message.chunk < len(self.layout.chunks):
-            raise MessageError("bad-chunk", f"there is no chunk {message.chunk}")
-        expected = self.layout.chunks[message.chunk].size * 4
         payload = frames[1].buffer
-        if payload.nbytes != expected:
-            raise MessageError(
-                "bad-length",
-                f"chunk {message.chunk} has {expected} bytes, this one {payload.nbytes}",
-            )
+        update = self._decoder.decode(message.encoding, message.chunk, payload)
         if message.steps < 0 or message.samples < 0:
             raise MessageError("bad-field", "steps and samples are not negative")
         if 0 < self._config.rounds <= self.aggregation.version:
@@ -294,7 +287,7 @@ class TensorThread(threading.Thread):
                 1  # the last version is the last, however fast the workers are
             )
             return
-        data = self._backend.load(payload)
+        data = self._backend.load(update)
         if not self._backend.is_finite(data):
             raise MessageError(
                 "not-finite",
@@ -349,7 +342,7 @@ class TensorThread(threading.Thread):
     def _publish(self, event: Published) -> None:
         """Send a chunk to whom it is for; where some come first, to them, and to the others later."""
         if event.worker is not None or not self._config.slowest_first:
-            self._send_chunk(event.worker, event.version, event.chunk, event.data)
+            self._send_chunk(event.worker, event)
             return
         turns = self._turns
         if event.version != turns.version:
@@ -359,7 +352,7 @@ class TensorThread(threading.Thread):
         if turns.now is not None:
             self._held.append(event)
         for worker in [None] if turns.now is None else turns.now:
-            self._send_chunk(worker, event.version, event.chunk, event.data)
+            self._send_chunk(worker, event)
 
     def _send_held(self, workers: list[str]) -> None:
         """It is these workers' turn."""
@@ -367,7 +360,7 @@ class TensorThread(threading.Thread):
             held, self._held = self._held, []
             for event in held:
                 for worker in workers:
-                    self._send_chunk(worker, event.version, event.chunk, event.data)
+                    self._send_chunk(worker, event)
 
     def _send_model(self, worker: str, chunks: list[int] | None = None) -> None:
         """The latest complete version, and what is final already of the next."""
@@ -377,18 +370,22 @@ class TensorThread(threading.Thread):
         self.aggregation.sent_to(worker)
         for i in range(len(model)) if chunks is None else chunks:
             if 0 <= i < len(model):
-                self._send_chunk(worker, self.aggregation.version, i, model[i])
+                self._send_chunk(worker, Published(self.aggregation.version, i, model[i]))
         if chunks is None and not evaluator:
             for event in self.aggregation.in_progress():
-                self._send_chunk(worker, event.version, event.chunk, event.data)
+                self._send_chunk(worker, event)
 
-    def _send_chunk(self, worker: str | None, version: int, chunk: int, data: Any) -> None:
+    def _send_chunk(self, worker: str | None, event: Published) -> None:
         assert self.layout is not None
-        header = messages.encode(Model(self.incarnation, version, chunk, self.layout.digest))
-        payload = self._backend.host(data)
+        header = Model(self.incarnation, event.version, event.chunk, self.layout.digest)
+        if event.encoded is None:
+            payload: Payload = self._backend.host(event.data).view(np.uint8)
+        else:
+            payload = event.encoded.payload
+            header.encoding, header.base = event.encoded.encoding, event.version - 1
         topic = BROADCAST if worker is None else self._topic_of(worker)
         # No copy: a published array is never written to again.
-        self._xpub.send_multipart([topic, header, payload], copy=False)
+        self._xpub.send_multipart([topic, messages.encode(header), payload], copy=False)
         self.bytes_down += payload.nbytes * (self._listeners if worker is None else 1)
 
     def _send_to(self, worker: str, message: Want | Error) -> None:

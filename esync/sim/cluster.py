@@ -22,8 +22,7 @@ from esync.sim.server import PS, Server
 from esync.sim.trainee import Chunks, Lessons, Trainee
 from esync.state.handlers import TICK_S, Handlers, Tick
 from esync.state.policy import Policy
-from esync.tensors import Layout
-from esync.worker.assembly import Vector
+from esync.tensors import Layout, Vector
 
 QUIET_S = 30.0
 """When nothing but heartbeats has happened for so long, and for a heartbeat's patience, nothing will."""

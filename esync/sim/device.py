@@ -14,8 +14,7 @@ from esync.journal import Journal
 from esync.messages import Error, Join, Leave, Message, Report, Response, Welcome
 from esync.sim.events import Events
 from esync.sim.trainee import Chunks, Trainee
-from esync.tensors import Layout
-from esync.worker.assembly import Vector
+from esync.tensors import Layout, Vector
 from esync.worker.session import Action, Session, Totals
 
 StepSeconds = Callable[[float, float], float]

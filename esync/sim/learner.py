@@ -21,8 +21,7 @@ from esync.config import RunConfig
 from esync.data import partition
 from esync.models import subnetwork
 from esync.sim.trainee import Chunks
-from esync.tensors import Layout
-from esync.worker.assembly import Vector
+from esync.tensors import Layout, Vector
 from esync.worker.pytree import Packer, Tree
 from esync.worker.step import (
     Classifier,

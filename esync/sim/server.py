@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from esync.algorithms import algorithm
+from esync.compression import Compressor, Decoder
 from esync.config import RunConfig
 from esync.errors import EsyncError
 from esync.journal import Journal, rounded
-from esync.messages import Members, Message, Report, Reset
-from esync.ps.aggregation import AGGREGATIONS, INITIAL, Completed, Contribution, Event, Refused
+from esync.messages import INITIAL, Members, Message, Report, Reset
+from esync.ps.aggregation import AGGREGATIONS, Completed, Contribution, Event, Refused
 from esync.ps.backend import NumpyBackend
 from esync.ps.checkpoint import save_model
 from esync.ps.turns import Turns
@@ -21,8 +22,7 @@ from esync.sim.device import Device, Push
 from esync.sim.events import Events
 from esync.sim.network import Network
 from esync.sim.trainee import Chunks
-from esync.tensors import Layout
-from esync.worker.assembly import Vector
+from esync.tensors import Layout, Vector
 
 PS = "ps"
 TURN_S = 0.05
@@ -59,7 +59,13 @@ class Server:
         config, layout = outside.config, outside.layout
         self._outside, self._events, self._network = outside, outside.events, network
         self._journal, self._on_version = journal, on_version
-        self._tensor_bytes = network.tensor_bytes or layout.size * 4
+        self._whole_bytes = network.tensor_bytes or layout.size * 4
+        compressor = Compressor(config.encoding, layout)
+        self._delta_bytes = round(
+            self._whole_bytes * compressor.encoded_bytes() / (layout.size * 4)
+        )
+        self._compressors: dict[Device, Compressor] = {}
+        self._decoder = Decoder(config.encoding, layout)
         self._mode = algorithm(config.mode)
         self._subscribed: dict[str, Device] = {}
         self._turns = Turns()
@@ -107,7 +113,7 @@ class Server:
     def push(self, update: Push) -> None:
         """An update leaves its worker."""
         self._network.send(
-            update.device.name, "up", self._tensor_bytes, lambda: self._update_arrives(update)
+            update.device.name, "up", self._delta_bytes, lambda: self._update_arrives(update)
         )
 
     def _update_arrives(self, update: Push) -> None:
@@ -123,12 +129,28 @@ class Server:
         if device.loss is not None and device.doing != "gone":
             loss = Report(name, update.round, update.steps, "pushed", loss=device.loss)
             self._outside.to_state(name, loss)
-        self._bytes_up += self._tensor_bytes
+        self._bytes_up += self._delta_bytes
         self._arrived[name] = self._events.now
+        flat = self._decoded(device, flat, update.round)
         for contribution in self._contributions(
             name, update.round, flat, update.steps, update.samples
         ):
             self._emit(self._aggregation.receive(contribution))
+
+    def _decoded(self, device: Device, flat: Vector, round: int) -> Vector:
+        """What is left of an update when it has been compressed and decoded."""
+        config, layout = self._outside.config, self._outside.layout
+        if config.compression == "none":
+            return flat
+        if device not in self._compressors:
+            seed = config.seed, device.rank or 0
+            self._compressors[device] = Compressor(config.encoding, layout, seed)
+        parts = []
+        for i, chunk in enumerate(layout.chunks):
+            part = flat[chunk.start : chunk.stop]
+            name, payload = self._compressors[device].encode(i, part, round)
+            parts.append(self._decoder.decode(name, i, memoryview(payload)))
+        return np.concatenate(parts)
 
     def _contributions(
         self, worker: str, round: int, flat: Vector, steps: int, samples: int
@@ -185,7 +207,9 @@ class Server:
     def _send_model(self, device: Device) -> None:
         version, chunks = self.version, self.chunks
         self._aggregation.sent_to(device.name)
-        self._bytes_down += self._tensor_bytes
+        moved = self._mode.barrier and device.newest[0] == version - 1
+        size = self._delta_bytes if moved else self._whole_bytes
+        self._bytes_down += size
 
         def arrives() -> None:
             device.model_arrives(version, chunks)
@@ -196,6 +220,6 @@ class Server:
         self._network.send(
             device.name,
             "down",
-            self._tensor_bytes,
+            size,
             arrives,
         )

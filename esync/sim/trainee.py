@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from esync.tensors import Layout
-from esync.worker.assembly import Vector
+from esync.tensors import Layout, Vector
 
 Chunks = Sequence[Any]
 """A model as the parameter server keeps it."""

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
+from esync.compression import Decoder, Encoding, Plain
 from esync.messages import MessageError, Model
-from esync.tensors import Layout
-
-Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
+from esync.tensors import Layout, Vector
 
 
 class Assembly:
     """Collects chunks; `version` and `flat` are the latest complete model (-1 and None before the first).
 
+    A chunk may come as the difference from an earlier version; where that is not the latest complete one here, the
+    chunk is passed over, and asked for again with the others that are missing.
+
     Another incarnation of the parameter server counts its versions afresh, and so does this.
+
+    Args:
+        encoding: the run's compression of differences.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, encoding: Encoding | None = None) -> None:
         self.layout = layout
+        self._decoder = Decoder(encoding or Plain(), layout)
         self.incarnation = ""
         self.version = -1
         self.flat: Vector | None = None
@@ -34,21 +40,19 @@ class Assembly:
                 "layout-mismatch",
                 f"the server's model has the digest {header.digest:.32}, this one {self.layout.digest}",
             )
-        if not 0 <= header.chunk < len(self.layout.chunks):
-            raise MessageError("bad-chunk", f"there is no chunk {header.chunk}")
-        chunk = self.layout.chunks[header.chunk]
-        if payload.nbytes != chunk.size * 4:
-            raise MessageError(
-                "bad-length",
-                f"chunk {header.chunk} has {chunk.size * 4} bytes, this one {payload.nbytes}",
-            )
+        part = self._decoder.decode(header.encoding, header.chunk, payload)
         self.served_by(header.incarnation)
-        if header.version <= self.version:
+        if header.version <= self.version or header.base not in (-1, self.version):
             return False
         if header.version not in self._partial:
             self._partial[header.version] = (np.empty(self.layout.size, np.float32), set())
         flat, present = self._partial[header.version]
-        flat[chunk.start : chunk.stop] = np.frombuffer(payload, np.float32)
+        chunk = self.layout.chunks[header.chunk]
+        own = slice(chunk.start, chunk.stop)
+        if header.base >= 0 and self.flat is not None:
+            np.add(self.flat[own], part, out=flat[own])
+        else:
+            flat[own] = part
         present.add(header.chunk)
         if len(present) < len(self.layout.chunks):
             return False

@@ -23,10 +23,11 @@ import zmq
 
 from esync import messages, transport
 from esync.algorithms import algorithm
+from esync.compression import Compressor
 from esync.config import RunConfig, build
 from esync.data import partition
 from esync.errors import EsyncError, ModelError
-from esync.messages import Fetch, Join, Report
+from esync.messages import INITIAL, Fetch, Join, Report
 from esync.worker.assembly import Assembly
 from esync.worker.link import RETRY_S, Link, Push
 from esync.worker.pytree import Packer, Tree, is_batch_norm
@@ -207,9 +208,11 @@ class Worker:
         self._packer.pack(*self._packer.unpack(initial))
         if not np.isfinite(initial).all():
             raise ModelError("the initial model holds NaN or infinity")
+        layout, encoding = self._packer.layout, self.config.encoding
         with self._changed:
-            self._shared.assembly = Assembly(self._packer.layout)
-            self._shared.initial = initial
+            self._shared.assembly = Assembly(layout, encoding)
+            self._shared.compressor = Compressor(encoding, layout, (self.config.seed, self.rank))
+            self._shared.initial = Push(initial, INITIAL, 0, 0)
             self._shared.phase = "waiting"
         self._link.inbox.put(self._packer.layout)
         with self._changed:

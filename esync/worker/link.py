@@ -18,9 +18,11 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from esync import messages, transport
+from esync.compression import Compressor, Payload
 from esync.errors import EsyncError, ProtocolError, TransportError
 from esync.mailbox import Mailbox
 from esync.messages import (
+    INITIAL,
     Error,
     Fetch,
     Have,
@@ -36,12 +38,11 @@ from esync.messages import (
     Want,
     Welcome,
 )
-from esync.tensors import Layout
-from esync.worker.assembly import Assembly, Vector
+from esync.tensors import Layout, Vector
+from esync.worker.assembly import Assembly
 from esync.worker.session import Session
 
 log = logging.getLogger("esync.worker")
-INITIAL = -1
 POLL_MS = 250
 NAME_TAKEN_S = 8.0
 """How long to try for a name that somebody else seems to have."""
@@ -51,13 +52,17 @@ RETRY_S = 1.0
 
 @dataclass(slots=True)
 class Push:
-    """To this thread: send these chunks of an update (all of them if `chunks` is None)."""
+    """To this thread: send an update.
+
+    Attributes:
+        payloads: chunk -> its encoding and bytes, once they have been sent: what is lost is sent again as it was.
+    """
 
     flat: Vector
     round: int
     steps: int
     samples: int
-    chunks: list[int] | None = None
+    payloads: dict[int, tuple[str, Payload]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -67,10 +72,11 @@ class Shared:
     welcome: Welcome | None = None
     session: Session | None = None
     assembly: Assembly | None = None
+    compressor: Compressor | None = None
     error: EsyncError | None = None
     phase: str = "loading"
     awaiting: int | None = None  # the training thread waits for a model newer than this
-    initial: Vector | None = None
+    initial: Push | None = None
     accepted: bool = False  # the layout was accepted
     update: Push | None = None
     resumed: float | None = None  # when the running local step began; None between two steps
@@ -192,13 +198,17 @@ class Link(threading.Thread):
         self._joined_at = time.monotonic()
         self._send(self._join)
 
-    def _queue_update(self, item: Push) -> None:
-        assembly = self.shared.assembly
+    def _queue_update(self, item: Push, chunks: list[int] | None = None) -> None:
+        """Send these chunks of an update, or all of them, each as soon as it is encoded."""
+        assembly, compressor = self.shared.assembly, self.shared.compressor
         assert assembly is not None
+        assert compressor is not None
         layout = assembly.layout
-        data = memoryview(item.flat).cast("B")  # type: ignore[arg-type]
-        for i in range(len(layout.chunks)) if item.chunks is None else item.chunks:
-            chunk = layout.chunks[i]
+        for i in range(len(layout.chunks)) if chunks is None else chunks:
+            if i not in item.payloads:
+                part = item.flat[layout.chunks[i].start : layout.chunks[i].stop]
+                item.payloads[i] = compressor.encode(i, part, item.round)
+            encoding, payload = item.payloads[i]
             header = Update(
                 self._join.worker,
                 item.round,
@@ -206,11 +216,11 @@ class Link(threading.Thread):
                 layout.digest,
                 item.steps,
                 item.samples,
+                encoding=encoding,
                 incarnation=assembly.incarnation,
             )
-            frames = [messages.encode(header), data[chunk.start * 4 : chunk.stop * 4]]
-            self._outgoing.append(frames)
-        self._flush()
+            self._outgoing.append([messages.encode(header), payload])
+            self._flush()
 
     def _flush(self) -> None:
         """Send what the data socket takes; it says when it takes more."""
@@ -339,11 +349,9 @@ class Link(threading.Thread):
         if message.round == INITIAL:
             mine = welcome is not None and welcome.rank == 0
             if initial is not None and (chunks or mine):
-                self._queue_update(Push(initial, INITIAL, 0, 0, chunks or None))
+                self._queue_update(initial, chunks or None)
         elif update is not None and update.round == message.round:
-            self._queue_update(
-                Push(update.flat, update.round, update.steps, update.samples, chunks)
-            )
+            self._queue_update(update, chunks)
 
     # As time goes by
 

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esync.errors import ModelError
-from esync.tensors import DELTA, VALUE, Layout, layout_of
-from esync.worker.assembly import Vector
+from esync.tensors import DELTA, VALUE, Layout, Vector, layout_of
 
 Tree = Any
 
