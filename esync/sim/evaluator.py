@@ -61,12 +61,12 @@ class Evaluator:
             self._collect(self._known())
 
     def _submit(self, version: int, chunks: Chunks) -> None:
-        self._last = version
         self._under_way.append((version, self._evaluate(chunks)))
+        self._last = version
 
     def _collect(self, newest: int) -> None:
-        ready = [pair for pair in self._under_way if pair[0] <= newest]
-        self._under_way = self._under_way[len(ready) :]
-        for version, evaluation in ready:
-            accuracy, loss = evaluation.result()
+        while self._under_way and self._under_way[0][0] <= newest:
+            version, evaluation = self._under_way[0]
+            accuracy, loss = evaluation.result()  # Ctrl-C comes here: nothing may be lost by it
+            del self._under_way[0]
             self._report(Report(EVALUATOR, version, 0, "eval", loss=loss, accuracy=accuracy))
