@@ -28,6 +28,7 @@ from esync.config import RunConfig, build
 from esync.data import partition
 from esync.errors import EsyncError, ModelError
 from esync.messages import INITIAL, Fetch, Join, Report
+from esync.tensors import Vector
 from esync.worker.assembly import Assembly
 from esync.worker.link import RETRY_S, Link, Push
 from esync.worker.pytree import Packer, Tree, is_batch_norm
@@ -379,16 +380,46 @@ class Worker:
         session.totals.sync_s += time.perf_counter() - began
         return params, stats
 
-    def _next_model(self, params: Tree, stats: Tree, session: Session) -> tuple[Tree, Tree]:
-        """Wait for a model newer than this round's, and begin its round."""
+    def _await_model(self, session: Session) -> tuple[int, Vector | None]:
+        """Wait for a model newer than this round's; the version is no newer if the run ended instead."""
         shared, assembly = self._shared, self._shared.assembly
         assert assembly is not None
-        assert self._packer is not None
         with self._changed:
             shared.awaiting = session.round
             self._wait(lambda: assembly.version > session.round or session.final is not None)
             shared.awaiting = None
-            version, flat = assembly.version, assembly.flat
+            return assembly.version, assembly.flat
+
+    def exchange(self, update: Vector) -> Vector:
+        """Synchronise a vector at once: what `step` does when it is told to, without a tree and without a policy.
+
+        For measurements, and for a model that is one vector anyway, after `start`.
+
+        Args:
+            update: deltas, then values. shape=(layout.size,); not to be written to until this returns.
+
+        Returns:
+            The new global model, not to be written to; the last one if the run is over.
+        """
+        session = self._shared.session
+        if session is None:
+            raise EsyncError("call start before exchange")
+        self._link.inbox.put(Push(update, session.round, 1, self.config.batch_size))
+        version, flat = self._await_model(session)
+        with self._changed:
+            if version > session.round:
+                session.begin(version)
+                self._base_round = version
+            else:
+                self._ended = True
+        assert flat is not None
+        return flat
+
+    def _next_model(self, params: Tree, stats: Tree, session: Session) -> tuple[Tree, Tree]:
+        """Wait for a model newer than this round's, and begin its round."""
+        shared = self._shared
+        assert self._packer is not None
+        version, flat = self._await_model(session)
         if version <= session.round or flat is None:
             return self._final_model(params, stats, session)
         params, new_stats, self._base = self._packer.unpack(flat)

@@ -1,0 +1,466 @@
+"""One synchronisation of a vector between workers: esync's lanes beside gloo, a bare-ZeroMQ floor and a memcpy floor.
+
+Every worker sends a vector of float32, the mean is formed, every worker has the new model; again and again, with nothing
+done in between. The state server, the parameter server and the workers are processes of their own on this machine, and
+so are gloo's ranks. What is timed is from one synchronisation's end to the next one's, at the worker of rank 0.
+
+    python benchmarks/data_plane.py --quick
+    python benchmarks/data_plane.py --workers 4 --mb 45 --rounds 40 --json data_plane.json
+
+gloo needs PyTorch (pip install torch); without it its rows are left out, and said to be.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import click
+import measure
+import numpy as np
+import zmq
+from rich.console import Console
+from rich.table import Table
+
+WARM_UP = 3
+"""Synchronisations that are not counted: memory is touched for the first time in them."""
+CHUNK = 1 << 20
+LANES = ("tcp", "ipc", "shared memory")
+CONTEXT = multiprocessing.get_context("spawn")
+
+
+@dataclass
+class Row:
+    """One measurement.
+
+    Attributes:
+        seconds: of each synchronisation.
+        wire_mb: bytes of tensors that went through sockets, per synchronisation, in MB.
+        server_cpu_s: CPU seconds of the parameter server per synchronisation.
+        server_mb, worker_mb: peak resident memory; `server_grown_mb`: that beyond what the server had before the model.
+    """
+
+    system: str
+    workers: int
+    mb: float
+    seconds: list[float]
+    wire_mb: float | None = None
+    server_cpu_s: float | None = None
+    server_mb: float | None = None
+    server_grown_mb: float | None = None
+    worker_mb: float | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def p99_s(self) -> float:
+        return float(np.quantile(self.seconds, 0.99))
+
+
+def memory_mb(pid: int, what: str) -> float:
+    """`VmHWM` (peak) or `VmRSS` of a process in MB."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(what + ":"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise RuntimeError(f"/proc/{pid}/status has no {what}")
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def child(target: Callable[..., None], *args: Any) -> Iterator[tuple[Connection, int]]:
+    """`target(pipe, *args)` in a process of its own; gives the pipe's other end and the process id. It ends with the
+    block, whatever happens in it, and with this process."""
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_until_told, args=(target, theirs, *args), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        assert process.pid is not None
+        yield ours, process.pid
+    finally:
+        ours.close()
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _until_told(target: Callable[..., None], pipe: Connection, *args: Any) -> None:
+    try:
+        target(pipe, *args)
+        pipe.recv()  # the parent looks at this process before it lets go of the pipe
+    except (EOFError, KeyboardInterrupt):
+        pass
+
+
+def result_of(pipe: Connection, who: str, patience_s: float = 300.0) -> Any:
+    """What a child sends next.
+
+    Raises:
+        RuntimeError: it ended instead, or took too long.
+    """
+    try:
+        if pipe.poll(patience_s):
+            return pipe.recv()
+    except (EOFError, OSError):
+        pass
+    raise RuntimeError(f"{who} ended, or was silent for {patience_s:g} s; see its error above")
+
+
+def intervals(ends: list[float]) -> list[float]:
+    """Seconds from each end to the next, without the warm-up."""
+    return [b - a for a, b in zip(ends[WARM_UP:], ends[WARM_UP + 1 :], strict=False)]
+
+
+# esync
+
+
+def esync_state(pipe: Connection, run: dict[str, Any], bind: str) -> None:
+    from esync import transport
+    from esync.config import RunConfig
+    from esync.state.server import StateServer
+
+    server = StateServer(RunConfig(**run), bind)
+    pipe.send(server.endpoint)
+    transport.run(server.run())
+
+
+def esync_ps(pipe: Connection, state: str, options: dict[str, Any]) -> None:
+    from esync import transport
+    from esync.config import PsConfig
+    from esync.ps.server import ParameterServer
+
+    server = ParameterServer(state, PsConfig(**options), name="ps")
+    pipe.send("ready")
+    transport.run(server.run())
+
+
+def esync_worker(
+    pipe: Connection, state: str, rank: int, elements: int, rounds: int, options: dict[str, Any]
+) -> None:
+    from esync.worker.client import Worker
+
+    update = np.random.default_rng(rank).normal(size=elements).astype(np.float32)
+    with Worker(state, name=f"w{rank}", rank=rank, **options) as worker:
+        worker.start({"w": np.zeros(elements, np.float32)})
+        pipe.send("started")
+        pipe.recv()
+        ends = []
+        for _ in range(rounds + WARM_UP + 1):
+            flat = worker.exchange(update)
+            ends.append(time.perf_counter())
+        pipe.send((ends, float(flat[0]), worker.totals.to_wire()))
+        pipe.recv()
+
+
+def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
+    """esync itself, over one of its lanes."""
+    elements = int(mb * 1e6 / 4)
+    settings = {"mode": "esync", "model": "own", "workers": workers, **run}
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        tcp = lane != "ipc"
+        bind = "tcp://127.0.0.1:*" if tcp else f"ipc://{folder}/state"
+        options = {"bind": "127.0.0.1" if tcp else f"ipc://{folder}/ps"}
+        state, _ = stack.enter_context(child(esync_state, settings, bind))
+        endpoint = result_of(state, "the state server")
+        ps, ps_pid = stack.enter_context(child(esync_ps, endpoint, options))
+        result_of(ps, "the parameter server")
+        before_mb = memory_mb(ps_pid, "VmRSS")
+        shared: dict[str, Any] = {}
+        trainers = [
+            stack.enter_context(child(esync_worker, endpoint, rank, elements, rounds, shared))
+            for rank in range(workers)
+        ]
+        for rank, (pipe, _) in enumerate(trainers):
+            result_of(pipe, f"worker {rank}")
+        cpu = cpu_s(ps_pid)
+        for pipe, _ in trainers:
+            pipe.send("go")
+        results = [result_of(pipe, f"worker {rank}") for rank, (pipe, _) in enumerate(trainers)]
+        cpu = (cpu_s(ps_pid) - cpu) / (rounds + WARM_UP + 1)
+        peak = memory_mb(ps_pid, "VmHWM")
+        assert len({value for _, value, _ in results}) == 1, "the workers' models differ"
+        name = f"esync, {lane}" + "".join(f", {value}" for value in run.values())
+        return Row(
+            name,
+            workers,
+            mb,
+            intervals(results[0][0]),
+            server_cpu_s=cpu,
+            server_mb=peak,
+            server_grown_mb=peak - before_mb,
+            worker_mb=max(memory_mb(pid, "VmHWM") for _, pid in trainers),
+        )
+
+
+# gloo
+
+
+def gloo_rank(
+    pipe: Connection, rank: int, workers: int, port: int, elements: int, rounds: int
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", rank=rank, world_size=workers)
+    x = torch.randn(elements)
+    ends = []
+    for _ in range(rounds + WARM_UP + 1):
+        dist.all_reduce(x)
+        ends.append(time.perf_counter())
+    pipe.send((ends, torch.__version__))
+    pipe.recv()
+    dist.destroy_process_group()
+
+
+def gloo(workers: int, mb: float, rounds: int) -> Row:
+    """gloo's all-reduce (a sum) of PyTorch tensors."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    elements = int(mb * 1e6 / 4)
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(child(gloo_rank, rank, workers, port, elements, rounds))
+            for rank in range(workers)
+        ]
+        results = [result_of(pipe, f"rank {i}") for i, (pipe, _) in enumerate(ranks)]
+        peak = max(memory_mb(pid, "VmHWM") for _, pid in ranks)
+        version = results[0][1]
+        return Row(
+            "gloo all-reduce",
+            workers,
+            mb,
+            intervals(results[0][0]),
+            worker_mb=peak,
+            notes={"torch": version},
+        )
+
+
+# Floors
+
+
+def bare_worker(pipe: Connection, push: str, model: str, size: int, rounds: int) -> None:
+    context = zmq.Context()
+    up, down = context.socket(zmq.PUSH), context.socket(zmq.SUB)
+    up.connect(push)
+    down.connect(model)
+    down.subscribe(b"")
+    data = memoryview(bytearray(size))
+    down.recv()  # the server says hello until everybody has pushed
+    up.send(b"")
+    pipe.send("ready")
+    pipe.recv()
+    chunks = range(0, size, CHUNK)
+    ends = []
+    for _ in range(rounds + WARM_UP + 1):
+        for at in chunks:
+            up.send(data[at : at + CHUNK], copy=False)
+        left = len(chunks)
+        while left:
+            frame = down.recv(copy=False)
+            if len(frame.buffer):
+                left -= 1
+        ends.append(time.perf_counter())
+    pipe.send(ends)
+    pipe.recv()
+    context.destroy(0)
+
+
+def bare(kind: str, workers: int, mb: float, rounds: int) -> Row:
+    """The same messages over the same sockets, with nothing added up and nothing looked at."""
+    size = int(mb * 1e6)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        context = zmq.Context()
+        stack.callback(context.destroy, 0)
+        pull, pub = context.socket(zmq.PULL), context.socket(zmq.PUB)
+        pull.setsockopt(zmq.RCVHWM, 8)
+        pub.setsockopt(zmq.SNDHWM, 100_000)
+        for s, name in ((pull, "push"), (pub, "model")):
+            s.bind("tcp://127.0.0.1:*" if kind == "tcp" else f"ipc://{folder}/{name}")
+        ends_at = [s.getsockopt_string(zmq.LAST_ENDPOINT) for s in (pull, pub)]
+        rows = [
+            stack.enter_context(child(bare_worker, *ends_at, size, rounds)) for _ in range(workers)
+        ]
+        here = 0
+        while here < workers:
+            pub.send(b"")
+            if pull.poll(50):
+                pull.recv()
+                here += 1
+        for i, (pipe, _) in enumerate(rows):
+            result_of(pipe, f"bare worker {i}")
+            pipe.send("go")
+        data = memoryview(bytearray(size))
+        for _ in range(rounds + WARM_UP + 1):
+            for at in range(0, size, CHUNK):
+                for _ in range(workers):
+                    pull.recv(copy=False)
+                pub.send(data[at : at + CHUNK], copy=False)
+        ends = [result_of(pipe, f"bare worker {i}") for i, (pipe, _) in enumerate(rows)]
+        return Row(f"bare ZeroMQ, {kind}", workers, mb, intervals(ends[0]))
+
+
+def copying(pipe: Connection, size: int, workers: int, rounds: int) -> None:
+    source = np.zeros(size // 4, np.float32) + 1
+    target = np.empty_like(source)
+    pipe.send("ready")
+    pipe.recv()
+    ends = []
+    for _ in range(rounds + WARM_UP + 1):
+        for _ in range(workers):
+            np.copyto(target, source)
+        ends.append(time.perf_counter())
+    pipe.send(ends)
+
+
+def memcpy(workers: int, mb: float, rounds: int) -> Row:
+    """Every vector copied once on its way up and once on its way down, by two processes at the same time."""
+    with ExitStack() as stack:
+        both = [
+            stack.enter_context(child(copying, int(mb * 1e6), workers, rounds)) for _ in range(2)
+        ]
+        for pipe, _ in both:
+            result_of(pipe, "the copying process")
+        for pipe, _ in both:
+            pipe.send("go")
+        ends = [result_of(pipe, "the copying process") for pipe, _ in both]
+        return Row("memcpy", workers, mb, intervals(ends[0]))
+
+
+# Tables
+
+
+def show(rows: list[Row], baseline: str) -> None:
+    """Print a table; ratios are to the baseline with as many workers and bytes."""
+    table = Table(title="one synchronisation", title_justify="left")
+    for column in (
+        "system",
+        "workers",
+        "MB",
+        "median ms",
+        "p99 ms",
+        f"x {baseline}",
+        "server CPU ms",
+        "server MB",
+        "of it grown",
+        "worker MB",
+    ):
+        table.add_column(column, justify="left" if column == "system" else "right")
+    for row in rows:
+        base = next(
+            (
+                r.median_s
+                for r in rows
+                if (r.system, r.workers, r.mb) == (baseline, row.workers, row.mb)
+            ),
+            None,
+        )
+        table.add_row(
+            row.system,
+            str(row.workers),
+            f"{row.mb:g}",
+            f"{row.median_s * 1e3:.1f}",
+            f"{row.p99_s * 1e3:.1f}",
+            f"{row.median_s / base:.2f}" if base else "",
+            *(
+                "" if x is None else f"{x:.0f}"
+                for x in (
+                    None if row.server_cpu_s is None else row.server_cpu_s * 1e3,
+                    row.server_mb,
+                    row.server_grown_mb,
+                    row.worker_mb,
+                )
+            ),
+        )
+    Console(width=None if Console().is_terminal else 140).print(table)
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Two workers, 4 MB, few rounds.")
+@click.option("--workers", "counts", multiple=True, type=int, help="Workers [2, 4, 8].")
+@click.option("--mb", "sizes", multiple=True, type=float, help="MB of a vector [1, 45, 240].")
+@click.option("--rounds", type=click.IntRange(min=5), default=None, help="Counted rounds [30].")
+@click.option("--lane", "lanes", multiple=True, type=click.Choice(LANES), help="Only this lane.")
+@click.option("--compression", multiple=True, help="Also over tcp with this compression.")
+@click.option("--only-esync", is_flag=True, help="Leave out gloo and the floors.")
+@click.option("--repeat", default=1, show_default=True, help="Measure everything so many times.")
+@click.option("--json", "file", type=click.File("w", lazy=True), help="Write the figures here too.")
+def main(
+    quick: bool,
+    counts: tuple[int, ...],
+    sizes: tuple[float, ...],
+    rounds: int | None,
+    lanes: tuple[str, ...],
+    compression: tuple[str, ...],
+    only_esync: bool,
+    repeat: int,
+    file: Any,
+) -> None:
+    """Seconds per synchronisation over each lane, beside gloo and the floors, on this machine."""
+    counts = counts or ((2,) if quick else (2, 4, 8))
+    sizes = sizes or ((4.0,) if quick else (1.0, 45.0, 240.0))
+    rounds = rounds or (10 if quick else 30)
+    console = Console(stderr=True)
+    has_torch = importlib.util.find_spec("torch") is not None
+    if not has_torch and not only_esync:
+        console.print("gloo is left out: it needs PyTorch (pip install torch)")
+    rows: list[Row] = []
+    for mb in sizes:
+        for workers in counts:
+            plan: list[Callable[[], Row]] = []
+            for lane in lanes or LANES:
+                plan.append(lambda lane=lane, n=workers, mb=mb: esync(lane, n, mb, rounds))  # type: ignore[misc]
+            for name in compression:
+                plan.append(
+                    lambda name=name, n=workers, mb=mb: esync(  # type: ignore[misc]
+                        "tcp", n, mb, rounds, compression=name
+                    )
+                )
+            if not only_esync:
+                if has_torch:
+                    plan.append(lambda n=workers, mb=mb: gloo(n, mb, rounds))  # type: ignore[misc]
+                for kind in ("tcp", "ipc"):
+                    plan.append(lambda kind=kind, n=workers, mb=mb: bare(kind, n, mb, rounds))  # type: ignore[misc]
+                plan.append(lambda n=workers, mb=mb: memcpy(n, mb, rounds))  # type: ignore[misc]
+            for one in plan * repeat:
+                row = one()
+                rows.append(row)
+                console.print(
+                    f"{row.system}, {workers} workers, {mb:g} MB: {row.median_s * 1e3:.1f} ms",
+                    highlight=False,
+                )
+    show(rows, "gloo all-reduce" if has_torch and not only_esync else rows[0].system)
+    if file:
+        figures = [
+            {**asdict(row), "median_s": row.median_s, "p99_s": row.p99_s} for row in rows
+        ]
+        json.dump({"environment": measure.environment(), "rows": figures}, file, indent=1)
+        file.write("\n")
+
+
+if __name__ == "__main__":
+    main()
