@@ -32,14 +32,14 @@ def exchange(roles: Roles, measured: Exchange) -> Message:
         "rounds": measured.rounds + 1,
     }
     server = roles.start("server", "flower_server.py", **config)
-    other_systems.await_port(server, port, timeout_s=60)
+    roles.await_port(server, port, timeout_s=60)
     workers = [
         roles.start(f"worker {rank}", "flower_client.py", rank=rank, **config)
         for rank in range(measured.workers)
     ]
-    said = server.hear(120 + (1 + measured.rounds) * measured.workers * measured.mb / 5)
+    said = roles.hear(server, 120 + (1 + measured.rounds) * measured.workers * measured.mb / 5)
     other_systems.check(FLOWER, said["wrong_by"])
-    used = [worker.hear(30)["usage"] for worker in workers]
+    used = [roles.hear(worker, 30)["usage"] for worker in workers]
     rounds = said["rounds"][1:]
     return other_systems.row(
         FLOWER,

@@ -48,12 +48,12 @@ def exchange(roles: Roles, measured: Exchange) -> Message:
             scratch=roles.scratch,
         )
         workers.append(worker)
-        peers = peers or worker.hear(patience_s)["peers"]
+        peers = peers or roles.hear(worker, patience_s)["peers"]
     for rank, worker in enumerate(workers):
         for _ in range(1 if rank == 0 else 2):  # its addresses, its averager
-            worker.hear(patience_s)
-    rounds = [_round(workers, patience_s) for _ in range(1 + measured.rounds)][1:]
-    said = [worker.hear(patience_s) for worker in workers]
+            roles.hear(worker, patience_s)
+    rounds = [_round(roles, workers, patience_s) for _ in range(1 + measured.rounds)][1:]
+    said = [roles.hear(worker, patience_s) for worker in workers]
     for one in said:
         other_systems.check(HIVEMIND, one["wrong_by"])
     used = [one["usage"] for one in said]
@@ -71,13 +71,13 @@ def exchange(roles: Roles, measured: Exchange) -> Message:
     )
 
 
-def _round(workers: list[Role], patience_s: float) -> Message:
+def _round(roles: Roles, workers: list[Role], patience_s: float) -> Message:
     for worker in workers:
         worker.say({})
-    found = [worker.hear(patience_s)["found_s"] for worker in workers]
+    found = [roles.hear(worker, patience_s)["found_s"] for worker in workers]
     for worker in workers:
         worker.say({})
-    done = [worker.hear(patience_s) for worker in workers]
+    done = [roles.hear(worker, patience_s) for worker in workers]
     return {
         "found_s": max(found),
         "seconds": max(one["end"] for one in done) - min(one["begin"] for one in done),

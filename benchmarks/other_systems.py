@@ -143,23 +143,23 @@ class Role:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            self._fail("ended before it was done")
+            self.fail("ended before it was done")
 
-    def hear(self, timeout_s: float) -> Message:
-        """Its next message.
+    def heard(self, timeout_s: float) -> Message | None:
+        """Its next message; None if that has not come after so long.
 
         Raises:
-            click.ClickException: it ended, or said nothing for so long.
+            click.ClickException: it ended.
         """
         assert self.process.stdout
         deadline = time.monotonic() + timeout_s
         while b"\n" not in self._rest:
             left_s = max(0.0, deadline - time.monotonic())
             if not select.select([self.process.stdout], [], [], left_s)[0]:
-                self._fail(f"said nothing for {timeout_s:g} s")
+                return None
             came = os.read(self.process.stdout.fileno(), 65536)
             if not came:
-                self._fail("ended before it was done")
+                self.fail("ended before it was done")
             self._rest += came
         line, _, self._rest = self._rest.partition(b"\n")
         message: Message = json.loads(line)
@@ -167,6 +167,19 @@ class Role:
 
     def running(self) -> bool:
         return self.process.poll() is None
+
+    def fail(self, what: str) -> NoReturn:
+        """Give up, with the last that it printed.
+
+        Raises:
+            click.ClickException: always.
+        """
+        self._printed.seek(0)
+        last = self._printed.read().splitlines()[-25:]
+        raise click.ClickException(
+            f"{self.name} {what}, where an answer was expected; its last lines should say why:\n"
+            + "\n".join(f"  {line}" for line in last or ["(none)"])
+        )
 
     def hang_up(self) -> None:
         """Close its stdin, at which it ends itself and all that it has started."""
@@ -182,14 +195,6 @@ class Role:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._printed.close()
-
-    def _fail(self, what: str) -> NoReturn:
-        self._printed.seek(0)
-        last = self._printed.read().splitlines()[-25:]
-        raise click.ClickException(
-            f"{self.name} {what}, where an answer was expected. Its last lines:\n"
-            + "\n".join(f"  {line}" for line in last or ["(none)"])
-        )
 
 
 class Roles:
@@ -214,6 +219,37 @@ class Roles:
         role = Role(f"{self.system.name}'s {name}", self.python, file, variables, config)
         self.started.append(role)
         return role
+
+    def hear(self, role: Role, timeout_s: float) -> Message:
+        """The next message of this process, while all of them run.
+
+        Raises:
+            click.ClickException: one of them ended, or this one said nothing for so long.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (message := role.heard(min(1.0, timeout_s))) is None:
+            for other in self.started:
+                if not other.running():
+                    other.fail("ended before it was done")
+            if time.monotonic() > deadline:
+                role.fail(f"said nothing for {timeout_s:g} s")
+        return message
+
+    def await_port(self, role: Role, port: int, timeout_s: float) -> None:
+        """Wait until this process listens there.
+
+        Raises:
+            click.ClickException: it ended, or did not listen in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with suppress(OSError), socket.create_connection((HOST, port), 1):
+                return
+            if not role.running():
+                role.fail("ended before it was done")
+            if time.monotonic() > deadline:
+                role.fail(f"did not listen on {HOST}:{port} within {timeout_s:g} s")
+            time.sleep(0.1)
 
     def __exit__(
         self,
@@ -248,21 +284,6 @@ def free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def await_port(role: Role, port: int, timeout_s: float) -> None:
-    """Wait until this process listens there.
-
-    Raises:
-        click.ClickException: it ended, or did not listen in time.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        with suppress(OSError), socket.create_connection((HOST, port), 1):
-            return
-        if not role.running() or time.monotonic() > deadline:
-            role.hear(0)  # says why
-        time.sleep(0.1)
 
 
 # The result

@@ -11,6 +11,7 @@ import role
 import torch
 from hivemind.averaging import DecentralizedAverager
 from hivemind.averaging.control import AveragingStage
+from hivemind.compression import NoCompression
 from hivemind.p2p import P2P
 
 PATIENCE_S = 60.0
@@ -46,7 +47,7 @@ def main() -> None:
         prefix="benchmark",
         target_group_size=config["workers"],
         min_group_size=config["workers"],
-        compression=hivemind.NoCompression(),
+        compression=NoCompression(),
         allow_state_sharing=False,
     )
     script.say({})
