@@ -104,7 +104,7 @@ def _install(system: System, command: list[str]) -> None:
         said = [line for line in done.stdout.splitlines() if "WARNING" not in line]
         raise click.ClickException(
             f"could not install {' and '.join(system.packages)}, which this benchmark measures:"
-            f" {' '.join(command[1:4])} ended with {done.returncode} and said:\n"
+            f" python {' '.join(command[1:4])} ended with {done.returncode} and said:\n"
             + "\n".join(f"  {line}" for line in said[-12:])
             + f"\n{system.advice or 'See that pip reaches a package index'}; then start this again."
         )
@@ -174,10 +174,13 @@ class Role:
         Raises:
             click.ClickException: always.
         """
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.5)
+        code = "" if self.running() else f" (exit code {self.process.returncode})"
         self._printed.seek(0)
         last = self._printed.read().splitlines()[-25:]
         raise click.ClickException(
-            f"{self.name} {what}, where an answer was expected; its last lines should say why:\n"
+            f"{self.name} {what}{code}, where an answer was expected; its last lines should say why:\n"
             + "\n".join(f"  {line}" for line in last or ["(none)"])
         )
 
