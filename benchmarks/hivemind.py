@@ -62,7 +62,7 @@ def exchange(roles: Roles, measured: Exchange) -> Message:
         measured,
         [round["seconds"] for round in rounds],
         matchmaking_s=median(round["found_s"] for round in rounds),
-        wire_mb=median(round["wire_bytes"] for round in rounds) / MB,
+        wire_mb=min(round["wire_bytes"] for round in rounds) / MB,
         server_peak_mb=None,
         worker_cpu_s=fmean(round["cpu_s"] for round in rounds),
         worker_peak_mb=max(one["peak_mb"] for one in used),

@@ -322,7 +322,7 @@ FIGURES = {
     "median_s": ("seconds per exchange, median", "{:.3f}"),
     "max_s": ("seconds per exchange, longest", "{:.3f}"),
     "matchmaking_s": ("seconds to find the group before it, median", "{:.3f}"),
-    "wire_mb": ("MB over loopback per exchange, median", "{:.1f}"),
+    "wire_mb": ("MB over loopback in an exchange, least (counts every program)", "{:.1f}"),
     "server_cpu_s": ("CPU seconds of the server per exchange", "{:.2f}"),
     "worker_cpu_s": ("CPU seconds of a worker per exchange", "{:.2f}"),
     "server_peak_mb": ("peak memory of the server, MB", "{:.0f}"),
