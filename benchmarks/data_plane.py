@@ -1,8 +1,8 @@
 """One synchronisation of a vector between workers: esync's lanes beside gloo, a bare-ZeroMQ floor and a memcpy floor.
 
-Every worker sends a vector of float32, the mean is formed, every worker has the new model; again and again, with nothing
-done in between. The state server, the parameter server and the workers are processes of their own on this machine, and
-so are gloo's ranks. What is timed is from one synchronisation's end to the next one's, at the worker of rank 0.
+Every worker sends a vector of float32, the mean is formed, every worker has the new model; again and again, with
+nothing done in between. The state server, the parameter server and the workers are processes of their own on this
+machine, and so are gloo's ranks. What is timed is from one synchronisation's end to the next, at the worker of rank 0.
 
     python benchmarks/data_plane.py --quick
     python benchmarks/data_plane.py --workers 4 --mb 45 --rounds 40 --json data_plane.json
@@ -155,13 +155,11 @@ def esync_ps(pipe: Connection, state: str, options: dict[str, Any]) -> None:
     transport.run(server.run())
 
 
-def esync_worker(
-    pipe: Connection, state: str, rank: int, elements: int, rounds: int, options: dict[str, Any]
-) -> None:
+def esync_worker(pipe: Connection, state: str, rank: int, elements: int, rounds: int) -> None:
     from esync.worker.client import Worker
 
     update = np.random.default_rng(rank).normal(size=elements).astype(np.float32)
-    with Worker(state, name=f"w{rank}", rank=rank, **options) as worker:
+    with Worker(state, name=f"w{rank}", rank=rank) as worker:
         worker.start({"w": np.zeros(elements, np.float32)})
         pipe.send("started")
         pipe.recv()
@@ -177,6 +175,7 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
     """esync itself, over one of its lanes."""
     elements = int(mb * 1e6 / 4)
     settings = {"mode": "esync", "model": "own", "workers": workers, **run}
+    settings["shared_memory"] = lane == "shared memory"
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         tcp = lane != "ipc"
@@ -187,9 +186,8 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
         ps, ps_pid = stack.enter_context(child(esync_ps, endpoint, options))
         result_of(ps, "the parameter server")
         before_mb = memory_mb(ps_pid, "VmRSS")
-        shared: dict[str, Any] = {}
         trainers = [
-            stack.enter_context(child(esync_worker, endpoint, rank, elements, rounds, shared))
+            stack.enter_context(child(esync_worker, endpoint, rank, elements, rounds))
             for rank in range(workers)
         ]
         for rank, (pipe, _) in enumerate(trainers):
@@ -455,9 +453,7 @@ def main(
                 )
     show(rows, "gloo all-reduce" if has_torch and not only_esync else rows[0].system)
     if file:
-        figures = [
-            {**asdict(row), "median_s": row.median_s, "p99_s": row.p99_s} for row in rows
-        ]
+        figures = [{**asdict(row), "median_s": row.median_s, "p99_s": row.p99_s} for row in rows]
         json.dump({"environment": measure.environment(), "rows": figures}, file, indent=1)
         file.write("\n")
 

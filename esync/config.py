@@ -130,6 +130,10 @@ class RunConfig:
     topk: float = _option(
         0.01, "Compression topk: share of the elements that is sent.", low=0.000001, high=1
     )
+    shared_memory: bool = _option(
+        True,
+        "Exchange with workers on the parameter server's own machine through shared memory.",
+    )
     dcasgd: bool = _option(False, "Mode async: compensate the delay (DC-ASGD; needs sgd).")
     dc_lambda: float = _option(0.04, "DC-ASGD's lambda.", low=0)
     local_steps: int = _option(

@@ -25,6 +25,10 @@ MAX_TEXT = 4096
 """Longest string in a message, in characters."""
 MAX_ID = 64
 """Longest worker id, in characters."""
+WIRE, HERE = b"model", b"here"
+"""The topics of new versions for everybody: with their chunks, or with word of where in shared memory they are."""
+NO_SHARED_MEMORY = "no-shared-memory"
+"""The code of an `error` after which an exchange goes over sockets."""
 INITIAL = -1
 """The round of the update that brings the initial model."""
 
@@ -200,7 +204,8 @@ class Error:
 
 @dataclass(slots=True)
 class Update:
-    """Worker -> parameter server, followed by one chunk of tensor data as a second frame.
+    """Worker -> parameter server, followed by one chunk of tensor data as a second frame, unless that lies in this
+    `slot` of the memory that the worker offered.
 
     `round` is the version of the model that the update was computed from, or `INITIAL`.
     """
@@ -214,6 +219,7 @@ class Update:
     samples: int = 1
     encoding: str = "f32"
     incarnation: str = ""
+    slot: int = -1
 
 
 @dataclass(slots=True)
@@ -242,9 +248,27 @@ class Have:
 
 
 @dataclass(slots=True)
+class Offer:
+    """Worker -> parameter server, and back: memory that a process of the same machine can map (see
+    `esync.shared_memory`).
+
+    `boot` says which machine, since its last start, that is; `pid` and `fd` whose memory, under which descriptor;
+    `token` what it begins with, since process ids mean something else in another container.
+    """
+
+    TYPE: ClassVar[str] = "offer"
+    worker: str
+    boot: str
+    pid: int
+    fd: int
+    token: str
+    incarnation: str
+
+
+@dataclass(slots=True)
 class Model:
     """Parameter server -> workers, followed by one chunk of tensor data: of the model itself, or (`base` >= 0) the
-    difference from version `base`."""
+    difference from version `base`. Where `slot` is given the chunk lies in the memory that the server offered."""
 
     TYPE: ClassVar[str] = "model"
     incarnation: str
@@ -253,6 +277,7 @@ class Model:
     digest: str
     encoding: str = "f32"
     base: int = -1
+    slot: int = -1
 
 
 @dataclass(slots=True)
@@ -280,6 +305,7 @@ Message = (
     | Update
     | Fetch
     | Have
+    | Offer
     | Model
     | Want
 )

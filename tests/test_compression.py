@@ -296,7 +296,13 @@ def test_a_real_run_learns_with_it_and_ends_with_one_model(mode, compression):
         return params["w"]
 
     config = RunConfig(
-        mode=mode, workers=2, rounds=400, compression=compression, topk=0.2, global_lr=0.9
+        mode=mode,
+        workers=2,
+        rounds=400,
+        compression=compression,
+        topk=0.2,
+        global_lr=0.9,
+        shared_memory=False,
     )
     with Cluster(config) as cluster:
         threads = [cluster.train(f"w{i}", train) for i in range(2)]

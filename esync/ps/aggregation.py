@@ -77,6 +77,9 @@ class Refused:
 
 
 Event = Published | Completed | Refused
+Room = Callable[[int, int], Array]
+"""(version, chunk) -> where to write that chunk of that version, when it begins to be made. What was there before, the
+same chunk two versions ago, is nobody's any more."""
 
 
 class Aggregation(ABC):
@@ -94,6 +97,7 @@ class Aggregation(ABC):
         self.version = -1
         self.chunks: list[Array] = [None] * len(layout.chunks)
         self._initial: dict[str, list[Array]] = {}  # who brings it -> chunks; never mixed
+        self._room: Room | None = None
 
     def receive(self, update: Contribution) -> list[Event]:
         """Take one chunk; returns what follows from it.
@@ -115,7 +119,8 @@ class Aggregation(ABC):
         chunks[update.chunk] = self.backend.scaled(update.data, 1.0)
         if any(chunk is None for chunk in chunks):
             return []
-        self.chunks, self.version, self._initial = chunks, 0, {}
+        self.chunks = [self._settled(0, i, x) for i, x in enumerate(chunks)]
+        self.version, self._initial = 0, {}
         events: list[Event] = [Published(0, i, x) for i, x in enumerate(self.chunks)]
         return [*events, Completed(0, frozenset())]
 
@@ -142,6 +147,20 @@ class Aggregation(ABC):
     @abstractmethod
     def _missing(self, worker: str, round: int) -> list[int]:
         """`missing`, once there is a model."""
+
+    def move_to(self, room: Room) -> bool:
+        """Keep the model in memory that is given for it from now on, if this aggregation and its backend can.
+
+        Then True, and every chunk of `chunks` and of what is published lies there."""
+        return False
+
+    def _settled(self, version: int, chunk: int, data: Array) -> Array:
+        """The chunk, in the memory that is given for it if there is any."""
+        if self._room is None:
+            return data
+        room = self._room(version, chunk)
+        room[:] = data
+        return room
 
     def sent_to(self, worker: str) -> None:  # noqa: B027 - most aggregations need not know
         """The current model is being sent to one worker."""
@@ -202,6 +221,7 @@ class Mean(Aggregation):
     def _begin(self) -> None:
         self._arrived: list[set[str]] = [set() for _ in self.chunks]
         self._totals: list[Array] = [None] * len(self.chunks)
+        self._rooms: list[Array] = [None] * len(self.chunks)  # where those are that have one
         self._weights = [0.0] * len(self.chunks)
         self._steps = [0] * len(self.chunks)
         self._kept: list[list[Contribution]] = [[] for _ in self.chunks]
@@ -230,7 +250,8 @@ class Mean(Aggregation):
             factor = weight / steps
             self._steps[chunk] += steps
         if self._totals[chunk] is None:
-            self._totals[chunk] = self.backend.scaled(update.data, factor)
+            room = self._rooms[chunk] = self._room(self.version + 1, chunk) if self._room else None
+            self._totals[chunk] = self.backend.scaled(update.data, factor, room)
         else:
             self.backend.add_scaled(self._totals[chunk], update.data, factor)
         self._weights[chunk] += weight
@@ -253,7 +274,10 @@ class Mean(Aggregation):
                 if new is None:
                     new = self.chunks[chunk]  # finite updates, but their sum is not
                     events.append(Refused("overflow"))
-                self._next[chunk] = self._encode(chunk, new)
+                new = self._encode(chunk, new)
+                if new is not self._rooms[chunk]:
+                    new = self._settled(self.version + 1, chunk, new)
+                self._next[chunk] = new
                 events.append(self._published(chunk))
         if events and all(x is not None for x in self._next):
             members = frozenset[str]().union(*self._arrived)
@@ -280,7 +304,7 @@ class Mean(Aggregation):
             if self._normalised(chunk):
                 scale *= self._steps[chunk] / weight  # tau_eff
             return self.outer.step(chunk, self.chunks[chunk], total, scale)
-        mean = self.backend.scaled(total, scale)
+        mean = self.backend.scaled(total, scale, total)
         return mean if self.backend.is_finite(mean) else None
 
     def _encode(self, chunk: int, new: Array) -> Array:
@@ -300,6 +324,17 @@ class Mean(Aggregation):
     def _published(self, chunk: int) -> Published:
         version, data = self.version + 1, self._next[chunk]
         return Published(version, chunk, data, encoded=self._encoded[chunk])
+
+    def move_to(self, room: Room) -> bool:
+        if not self.backend.in_host_memory:
+            return False
+        self._room = room
+        if self.version >= 0:
+            self.chunks = [self._settled(self.version, i, x) for i, x in enumerate(self.chunks)]
+            for i, x in enumerate(self._next):
+                if x is not None:
+                    self._next[i] = self._settled(self.version + 1, i, x)
+        return True
 
     def _missing(self, worker: str, round: int) -> list[int]:
         if round != self.version:

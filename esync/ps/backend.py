@@ -22,6 +22,8 @@ class Backend(Protocol):
     """Arithmetic on float32 vectors of one device."""
 
     name: str
+    in_host_memory: bool
+    """Whether its arrays are NumPy's, so that it can write where others read."""
 
     def load(self, x: Vector) -> Array:
         """A vector in host memory as one of this backend; on the CPU without a copy."""
@@ -32,14 +34,16 @@ class Backend(Protocol):
     def filled(self, x: Array, value: float) -> Array:
         """A new vector as long as `x`, `value` everywhere."""
 
-    def scaled(self, x: Array, weight: float) -> Array:
-        """A new vector `weight * x`: the start of a sum."""
+    def scaled(self, x: Array, weight: float, out: Array | None = None) -> Array:
+        """`weight * x`: the start of a sum. A new vector, or `out`."""
 
     def add_scaled(self, total: Array, x: Array, weight: float) -> None:
         """`total += weight * x`, in place."""
 
-    def blend(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
-        """A new vector `alpha * a + beta * b`."""
+    def blend(
+        self, a: Array, alpha: float, b: Array, beta: float, out: Array | None = None
+    ) -> Array:
+        """`alpha * a + beta * b`. A new vector, or `out`, which may be b."""
 
     def blend_square(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
         """A new vector `alpha * a + beta * b * b`: a mean of squares that moves on."""
@@ -62,7 +66,7 @@ _overflow_is_checked_later = np.errstate(over="ignore", invalid="ignore", divide
 class NumpyBackend:
     """On the CPU."""
 
-    name = "cpu"
+    name, in_host_memory = "cpu", True
 
     def load(self, x: Vector) -> Array:
         return x
@@ -74,8 +78,8 @@ class NumpyBackend:
         return np.full(x.size, value, np.float32)
 
     @_overflow_is_checked_later
-    def scaled(self, x: Array, weight: float) -> Array:
-        return np.multiply(x, np.float32(weight))
+    def scaled(self, x: Array, weight: float, out: Array | None = None) -> Array:
+        return np.multiply(x, np.float32(weight), out=out)
 
     @_overflow_is_checked_later
     def add_scaled(self, total: Array, x: Array, weight: float) -> None:
@@ -85,8 +89,10 @@ class NumpyBackend:
             total += np.float32(weight) * x
 
     @_overflow_is_checked_later
-    def blend(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
-        out = np.multiply(b, np.float32(beta))
+    def blend(
+        self, a: Array, alpha: float, b: Array, beta: float, out: Array | None = None
+    ) -> Array:
+        out = np.multiply(b, np.float32(beta), out=out)
         if alpha == 1.0:
             out += a
         elif alpha != 0.0:
@@ -131,6 +137,8 @@ class CupyBackend:
     Raises:
         DeviceError: CuPy is not installed, or there is no such device.
     """
+
+    in_host_memory = False
 
     def __init__(self, index: int = 0) -> None:
         try:
@@ -198,14 +206,17 @@ class CupyBackend:
     def filled(self, x: Array, value: float) -> Array:
         return self._cupy.full(x.size, value, np.float32)
 
-    def scaled(self, x: Array, weight: float) -> Array:
-        return x * np.float32(weight)
+    def scaled(self, x: Array, weight: float, out: Array | None = None) -> Array:
+        return self._cupy.multiply(x, np.float32(weight), out=out)
 
     def add_scaled(self, total: Array, x: Array, weight: float) -> None:
         self._axpy(x, np.float32(weight), total)
 
-    def blend(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
-        return self._blend(a, np.float32(alpha), b, np.float32(beta))
+    def blend(
+        self, a: Array, alpha: float, b: Array, beta: float, out: Array | None = None
+    ) -> Array:
+        arguments = (a, np.float32(alpha), b, np.float32(beta))
+        return self._blend(*arguments) if out is None else self._blend(*arguments, out)
 
     def blend_square(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
         return self._blend_square(a, np.float32(alpha), b, np.float32(beta))

@@ -2,7 +2,7 @@
 
 The averaged delta D points where the loss falls: minus a gradient. With lr the global learning rate, every optimiser
 maps (w, D, its state) to (w, its state); the state is a list of vectors under a name, one per chunk. All vectors
-are new ones: what was published, or read by `state`, is never written to again.
+are new ones, or made of the round's sum: what was published, or read by `state`, is never written to again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Outer(ABC):
         self._state: dict[str, list[Array]] = {name: [None] * chunks for name in initial}
 
     def step(self, chunk: int, value: Array, total: Array, scale: float) -> Array | None:
-        """The chunk's new value, given its value and the averaged delta D = `scale * total`.
+        """The chunk's new value, given its value and the averaged delta D = `scale * total`; uses `total` up.
 
         None if the value or the state would not be finite; then the state stays as it was.
         """
@@ -81,7 +81,8 @@ class Sgd(Outer):
         super().__init__(backend, config, chunks)
 
     def _step(self, value: Array, total: Array, scale: float, state: State) -> tuple[Array, State]:
-        return self.backend.blend(value, 1.0, total, self.config.global_lr * scale), state
+        new = self.backend.blend(value, 1.0, total, self.config.global_lr * scale, total)
+        return new, state
 
 
 class Momentum(Outer):

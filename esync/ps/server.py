@@ -30,13 +30,16 @@ import zmq
 
 from esync import messages, transport
 from esync.algorithms import algorithm
-from esync.compression import Decoder, Payload
+from esync.compression import Decoder
 from esync.config import PsConfig, RunConfig, build
 from esync.errors import ConfigError, EsyncError, ModelError, ProtocolError, TransportError
 from esync.journal import Journal, rounded
 from esync.mailbox import Mailbox
 from esync.messages import (
+    HERE,
     INITIAL,
+    NO_SHARED_MEMORY,
+    WIRE,
     Error,
     Fetch,
     Have,
@@ -45,6 +48,7 @@ from esync.messages import (
     Members,
     MessageError,
     Model,
+    Offer,
     Report,
     Reset,
     Status,
@@ -65,10 +69,10 @@ from esync.ps.aggregation import (
 from esync.ps.backend import Backend, backend_for
 from esync.ps.checkpoint import save_model
 from esync.ps.turns import Turns
-from esync.tensors import Layout
+from esync.shared_memory import MODEL_SLOTS, UPDATE_SLOTS, Region, SharedMemoryError
+from esync.tensors import Layout, Vector
 
 log = logging.getLogger("esync.ps")
-BROADCAST = b"model"
 INITIAL_PATIENCE_S = 5.0
 """How long the worker of rank 0 has for the initial model before somebody else is asked for it."""
 RECV_BURST = 32
@@ -119,7 +123,13 @@ class TensorThread(threading.Thread):
         self._backend, self._config = backend, config
         self._tell = tell
         self._subscribers: dict[str, bytes] = {}  # id -> its own topic, in order of arrival
-        self._listeners = 0
+        self._listeners: Counter[bytes] = Counter()  # by topic: for everybody
+        self._memories: dict[
+            str, Region
+        ] = {}  # of workers on this machine, where their updates are
+        self._region: Region | None = None  # where the model is, for them
+        self._in_place = False  # the aggregation itself keeps it there
+        self._mode = algorithm(config.mode)
         self._epoch = -1
         self._arrival: dict[str, float] = {}
         self._turns = Turns()
@@ -182,9 +192,9 @@ class TensorThread(threading.Thread):
         """Begin anew, unless this is the layout that we have."""
         if self.layout is None or layout.digest != self.layout.digest:
             self.layout, self._decoder = layout, Decoder(self._config.encoding, layout)
-            mode = algorithm(self._config.mode)
-            extra = {"ordered": True} if mode.ordered else {}
-            self.aggregation = AGGREGATIONS[mode.aggregation](
+            extra = {"ordered": True} if self._mode.ordered else {}
+            self._memories, self._region, self._in_place = {}, None, False
+            self.aggregation = AGGREGATIONS[self._mode.aggregation](
                 self.layout, self._backend, self._config, **extra
             )
             self._asked_at = time.monotonic()
@@ -198,8 +208,8 @@ class TensorThread(threading.Thread):
             except zmq.Again:
                 return
             here, topic = event[:1] == b"\x01", event[1:]
-            if topic == BROADCAST:
-                self._listeners += 1 if here else -1
+            if topic in (WIRE, HERE):
+                self._listeners[topic] += 1 if here else -1
             elif topic.startswith((b"w/", b"e/")) and topic.endswith(b"/"):
                 worker = topic[2:-1].decode("utf-8", "replace")
                 if here:
@@ -207,6 +217,7 @@ class TensorThread(threading.Thread):
                     self._greet(worker)
                 else:
                     self._subscribers.pop(worker, None)
+                    self._memories.pop(worker, None)
 
     def _greet(self, worker: str) -> None:
         """Send a new subscriber the model, or the word that there is none yet."""
@@ -252,6 +263,9 @@ class TensorThread(threading.Thread):
             elif isinstance(message, Fetch):
                 worker = message.worker
                 self._fetch(message)
+            elif isinstance(message, Offer):
+                worker = message.worker
+                self._offer(message)
             elif isinstance(message, Have):
                 worker = message.worker
                 now = time.monotonic()
@@ -268,8 +282,12 @@ class TensorThread(threading.Thread):
     def _update(self, message: Update, frames: list[zmq.Frame]) -> None:
         assert self.aggregation is not None
         assert self.layout is not None
-        if len(frames) != 2:
-            raise MessageError("bad-frames", f"an update is two frames, these are {len(frames)}")
+        shared = message.slot >= 0
+        if len(frames) != (1 if shared else 2):
+            raise MessageError(
+                "bad-frames",
+                f"an update is a header and a chunk or a slot, not {len(frames)} frames",
+            )
         if message.digest != self.layout.digest:
             raise MessageError(
                 "layout-mismatch",
@@ -278,7 +296,7 @@ class TensorThread(threading.Thread):
         if message.incarnation and message.incarnation != self.incarnation:
             self.counters["incarnation"] += 1
             return
-        payload = frames[1].buffer
+        payload = self._shared_chunk(message) if shared else frames[1].buffer
         update = self._decoder.decode(message.encoding, message.chunk, payload)
         if message.steps < 0 or message.samples < 0:
             raise MessageError("bad-field", "steps and samples are not negative")
@@ -307,6 +325,73 @@ class TensorThread(threading.Thread):
             max(1, message.samples),
         )
         self._emit(self.aggregation.receive(contribution))
+
+    # Shared memory
+
+    def _offer(self, message: Offer) -> None:
+        """Use a worker's memory, and offer it the model's."""
+        assert self.layout is not None
+        if message.incarnation != self.incarnation or not self._config.shared_memory:
+            return
+        if message.fd < 0:  # it could not map ours
+            self._memories.pop(message.worker, None)
+            return
+        try:
+            self._memories[message.worker] = Region.open(self.layout, UPDATE_SLOTS, message)
+            if self._region is None and self._mode.barrier:
+                self._share_model(Region.create(self.layout, MODEL_SLOTS))
+        except SharedMemoryError as error:
+            self._memories.pop(message.worker, None)
+            raise MessageError(NO_SHARED_MEMORY, str(error)) from error
+        region = self._region or self._memories[message.worker]  # the latter has nothing to map
+        self._send_to(message.worker, region.offer(message.worker, self.incarnation))
+
+    def _share_model(self, region: Region) -> None:
+        """Have the model where workers of this machine can read it."""
+        assert self.aggregation is not None
+        aggregation, self._region = self.aggregation, region
+
+        def room(version: int, chunk: int) -> Vector:
+            return region.begin(version % MODEL_SLOTS, chunk)
+
+        self._in_place = aggregation.move_to(room)
+        if aggregation.version >= 0:
+            for i, data in enumerate(aggregation.chunks):
+                self._place(Published(aggregation.version, i, data))
+            for event in aggregation.in_progress():
+                self._place(event)
+
+    def _place(self, event: Published) -> None:
+        """A chunk of a version is final: have it in shared memory, if there is any."""
+        if self._region is not None:
+            slot = event.version % MODEL_SLOTS
+            if not self._in_place:
+                np.copyto(self._region.begin(slot, event.chunk), self._backend.host(event.data))
+            self._region.finish(slot, event.chunk, event.version)
+
+    def _is_placed(self, event: Published) -> bool:
+        """Whether a chunk of a version is in shared memory."""
+        slot = event.version % MODEL_SLOTS
+        return self._region is not None and bool(
+            self._region.stamps[slot, event.chunk] == event.version
+        )
+
+    def _shared_chunk(self, message: Update) -> memoryview:
+        """A chunk that lies in its sender's memory."""
+        assert self.layout is not None
+        region = self._memories.get(message.worker)
+        if region is None:
+            raise MessageError(NO_SHARED_MEMORY, "this server has not mapped the worker's memory")
+        if not (0 <= message.chunk < len(self.layout.chunks) and message.slot < UPDATE_SLOTS):
+            raise MessageError(
+                "bad-chunk", f"there is no chunk {message.chunk} in slot {message.slot}"
+            )
+        if region.stamps[message.slot, message.chunk] != message.round:
+            raise MessageError(
+                "overwritten", f"chunk {message.chunk} is not of round {message.round} any more"
+            )
+        chunk: Any = region.chunk(message.slot, message.chunk)
+        return memoryview(chunk.view(np.uint8))
 
     def _fetch(self, message: Fetch) -> None:
         assert self.aggregation is not None
@@ -341,6 +426,8 @@ class TensorThread(threading.Thread):
 
     def _publish(self, event: Published) -> None:
         """Send a chunk to whom it is for; where some come first, to them, and to the others later."""
+        if self._mode.barrier:
+            self._place(event)
         if event.worker is not None or not self._config.slowest_first:
             self._send_chunk(event.worker, event)
             return
@@ -376,19 +463,41 @@ class TensorThread(threading.Thread):
                 self._send_chunk(worker, event)
 
     def _send_chunk(self, worker: str | None, event: Published) -> None:
-        assert self.layout is not None
-        header = Model(self.incarnation, event.version, event.chunk, self.layout.digest)
-        if event.encoded is None:
-            payload: Payload = self._backend.host(event.data).view(np.uint8)
+        """Send a chunk to one worker, or to everybody: itself, or word of where in shared memory it is."""
+        if worker is None:
+            if self._listeners[HERE]:
+                self._send_word(HERE, event, self._listeners[HERE])
+            if self._listeners[WIRE]:
+                self._send_data(WIRE, event, self._listeners[WIRE])
+        elif worker in self._memories and self._is_placed(event):
+            self._send_word(self._topic_of(worker), event, 1)
         else:
+            self._send_data(self._topic_of(worker), event, 1)
+
+    def _send_word(self, topic: bytes, event: Published, receivers: int) -> None:
+        header = self._header(event)
+        header.slot = event.version % MODEL_SLOTS
+        self._xpub.send_multipart([topic, messages.encode(header)])
+        self.bytes_down += event.data.nbytes * receivers
+
+    def _send_data(self, topic: bytes, event: Published, receivers: int) -> None:
+        header = self._header(event)
+        if event.encoded is not None:
             payload = event.encoded.payload
             header.encoding, header.base = event.encoded.encoding, event.version - 1
-        topic = BROADCAST if worker is None else self._topic_of(worker)
+        else:
+            payload = self._backend.host(event.data).view(np.uint8)
+            if self._in_place:
+                payload = payload.copy()  # it is written to again before every socket has sent it
         # No copy: a published array is never written to again.
         self._xpub.send_multipart([topic, messages.encode(header), payload], copy=False)
-        self.bytes_down += payload.nbytes * (self._listeners if worker is None else 1)
+        self.bytes_down += payload.nbytes * receivers
 
-    def _send_to(self, worker: str, message: Want | Error) -> None:
+    def _header(self, event: Published) -> Model:
+        assert self.layout is not None
+        return Model(self.incarnation, event.version, event.chunk, self.layout.digest)
+
+    def _send_to(self, worker: str, message: Want | Error | Offer) -> None:
         self._xpub.send_multipart([self._topic_of(worker), messages.encode(message)])
 
     def _topic_of(self, worker: str) -> bytes:

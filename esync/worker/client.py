@@ -9,6 +9,7 @@ with esync.Worker("tcp://head:10010") as worker:
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
@@ -29,11 +30,12 @@ from esync.data import partition
 from esync.errors import EsyncError, ModelError
 from esync.messages import INITIAL, Fetch, Join, Report
 from esync.tensors import Vector
-from esync.worker.assembly import Assembly
+from esync.worker.assembly import Assembly, Newest
 from esync.worker.link import RETRY_S, Link, Push
 from esync.worker.pytree import Packer, Tree, is_batch_norm
 from esync.worker.session import Action, Session, Totals
 
+log = logging.getLogger("esync.worker")
 GOODBYE_S = 5.0
 """How long the end of a run waits for its final model."""
 
@@ -370,25 +372,24 @@ class Worker:
     def _merge(self, params: Tree, stats: Tree, session: Session) -> tuple[Tree, Tree]:
         """A round began while a step was running: add the progress since the push to its model."""
         began = time.perf_counter()
-        packer, assembly = self._packer, self._shared.assembly
+        packer = self._packer
         assert packer is not None
-        assert assembly is not None
-        with self._changed:
-            flat, self._base_round = assembly.flat, session.round
-        assert flat is not None
-        params, stats, self._base = packer.merge(flat, params, stats, self._pushed)
+        _, (params, stats, self._base) = self._read(
+            lambda flat: packer.merge(flat, params, stats, self._pushed)
+        )
+        self._base_round = session.round
         session.totals.sync_s += time.perf_counter() - began
         return params, stats
 
-    def _await_model(self, session: Session) -> tuple[int, Vector | None]:
-        """Wait for a model newer than this round's; the version is no newer if the run ended instead."""
+    def _await_model(self, session: Session) -> Newest | None:
+        """Wait for a model newer than this round's; the newest there is if the run ended instead."""
         shared, assembly = self._shared, self._shared.assembly
         assert assembly is not None
         with self._changed:
             shared.awaiting = session.round
             self._wait(lambda: assembly.version > session.round or session.final is not None)
             shared.awaiting = None
-            return assembly.version, assembly.flat
+            return assembly.newest
 
     def exchange(self, update: Vector) -> Vector:
         """Synchronise a vector at once: what `step` does when it is told to, without a tree and without a policy.
@@ -399,30 +400,31 @@ class Worker:
             update: deltas, then values. shape=(layout.size,); not to be written to until this returns.
 
         Returns:
-            The new global model, not to be written to; the last one if the run is over.
+            The new global model, not to be written to, and as it is only until the next exchange; the last one if
+            the run is over.
         """
         session = self._shared.session
         if session is None:
             raise EsyncError("call start before exchange")
         self._link.inbox.put(Push(update, session.round, 1, self.config.batch_size))
-        version, flat = self._await_model(session)
+        newest = self._await_model(session)
+        assert newest is not None
         with self._changed:
-            if version > session.round:
-                session.begin(version)
-                self._base_round = version
+            if newest.version > session.round:
+                session.begin(newest.version)
+                self._base_round = newest.version
             else:
                 self._ended = True
-        assert flat is not None
-        return flat
+        return newest.flat
 
     def _next_model(self, params: Tree, stats: Tree, session: Session) -> tuple[Tree, Tree]:
         """Wait for a model newer than this round's, and begin its round."""
-        shared = self._shared
-        assert self._packer is not None
-        version, flat = self._await_model(session)
-        if version <= session.round or flat is None:
+        shared, packer = self._shared, self._packer
+        assert packer is not None
+        newest = self._await_model(session)
+        if newest is None or newest.version <= session.round:
             return self._final_model(params, stats, session)
-        params, new_stats, self._base = self._packer.unpack(flat)
+        version, (params, new_stats, self._base) = self._read(packer.unpack)
         with self._changed:
             session.begin(version)
             self._base_round = version
@@ -430,6 +432,22 @@ class Worker:
             if session.wants_query():
                 self._link.inbox.put(session.query())
         return params, None if stats is None else new_stats
+
+    def _read(self, make: Callable[[Vector], Any]) -> tuple[int, Any]:
+        """(version, what `make` makes of the model) of the newest version that is not overwritten meanwhile."""
+        assembly = self._shared.assembly
+        assert assembly is not None
+        while True:
+            newest = assembly.newest
+            assert newest is not None
+            made = make(newest.flat)
+            if newest.region is not None:
+                jax.block_until_ready(made)
+            if newest.intact():
+                return newest.version, made
+            log.info("version %d was overwritten while it was read", newest.version)
+            with self._changed:
+                self._wait(lambda: assembly.newest is not newest)  # noqa: B023
 
     def _final_model(self, params: Tree, stats: Tree, session: Session) -> tuple[Tree, Tree]:
         """The model with which the run ended, if it arrives soon; else the last one that did."""
@@ -444,10 +462,9 @@ class Worker:
             while self._barrier() and assembly.version < final and time.monotonic() < deadline:
                 self._changed.wait(0.2)
             self._shared.awaiting = None
-            flat = assembly.flat
-        if flat is None:
+        if assembly.newest is None:
             return params, stats
-        params, new_stats, self._base = self._packer.unpack(flat)
+        _, (params, new_stats, self._base) = self._read(self._packer.unpack)
         return params, None if stats is None else new_stats
 
     def _barrier(self) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -22,7 +23,10 @@ from esync.compression import Compressor, Payload
 from esync.errors import EsyncError, ProtocolError, TransportError
 from esync.mailbox import Mailbox
 from esync.messages import (
+    HERE,
     INITIAL,
+    NO_SHARED_MEMORY,
+    WIRE,
     Error,
     Fetch,
     Have,
@@ -31,6 +35,7 @@ from esync.messages import (
     Message,
     MessageError,
     Model,
+    Offer,
     Report,
     Response,
     Status,
@@ -38,6 +43,7 @@ from esync.messages import (
     Want,
     Welcome,
 )
+from esync.shared_memory import MODEL_SLOTS, UPDATE_SLOTS, Region, SharedMemoryError
 from esync.tensors import Layout, Vector
 from esync.worker.assembly import Assembly
 from esync.worker.session import Session
@@ -112,6 +118,10 @@ class Link(threading.Thread):
         self._push: zmq.Socket[bytes] | None = None
         self._sub: zmq.Socket[bytes] | None = None
         self._outgoing: deque[list[Any]] = deque()
+        self._memory: Region | None = None  # of ours, where updates are put for the server
+        self._offered_to = ""  # the incarnation of the server
+        self._puts = False  # updates into it: the server has mapped it
+        self._listens_to: list[bytes] = []  # topics besides our own
         self._poller = zmq.Poller()
         self._lost_at: float | None = None
         self._monitor = self._control.get_monitor_socket(
@@ -181,7 +191,7 @@ class Link(threading.Thread):
         elif isinstance(item, Layout):
             self._join.layout = item.to_wire()
             self._send_join()
-        elif isinstance(item, Fetch | Have):
+        elif isinstance(item, Fetch | Have | Offer):
             if self._push is not None:
                 self._outgoing.append([messages.encode(item)])
                 self._flush()
@@ -205,10 +215,6 @@ class Link(threading.Thread):
         assert compressor is not None
         layout = assembly.layout
         for i in range(len(layout.chunks)) if chunks is None else chunks:
-            if i not in item.payloads:
-                part = item.flat[layout.chunks[i].start : layout.chunks[i].stop]
-                item.payloads[i] = compressor.encode(i, part, item.round)
-            encoding, payload = item.payloads[i]
             header = Update(
                 self._join.worker,
                 item.round,
@@ -216,11 +222,25 @@ class Link(threading.Thread):
                 layout.digest,
                 item.steps,
                 item.samples,
-                encoding=encoding,
                 incarnation=assembly.incarnation,
             )
-            self._outgoing.append([messages.encode(header), payload])
+            part = item.flat[layout.chunks[i].start : layout.chunks[i].stop]
+            if self._puts and self._memory is not None:
+                self._put(self._memory, i, part, item.round)
+                header.slot = 0
+                self._outgoing.append([messages.encode(header)])
+            else:
+                if i not in item.payloads:
+                    item.payloads[i] = compressor.encode(i, part, item.round)
+                header.encoding, payload = item.payloads[i]
+                self._outgoing.append([messages.encode(header), payload])
             self._flush()
+
+    def _put(self, memory: Region, chunk: int, part: Vector, round: int) -> None:
+        """Put a chunk of an update where the parameter server reads it, unless it is there."""
+        if memory.stamps[0, chunk] != round:
+            np.copyto(memory.begin(0, chunk), part)
+            memory.finish(0, chunk, round)
 
     def _flush(self) -> None:
         """Send what the data socket takes; it says when it takes more."""
@@ -288,8 +308,8 @@ class Link(threading.Thread):
         self._push = transport.push(self._context, push)
         evaluator = self._join.role == "evaluator"
         own = f"{'e' if evaluator else 'w'}/{self._join.worker}/".encode()
-        topics = [own] if evaluator else [b"model", own]
-        self._sub = transport.sub(self._context, model, topics)
+        self._listens_to = [] if evaluator else [WIRE]
+        self._sub = transport.sub(self._context, model, [*self._listens_to, own])
         self._poller.register(self._sub, zmq.POLLIN)
         self.progress_at = time.monotonic()
 
@@ -302,6 +322,10 @@ class Link(threading.Thread):
         if message.code == "name-taken" and time.monotonic() - self._began < NAME_TAKEN_S:
             self._tell(message.text)  # the one that was killed is soon forgotten
             return
+        if message.code == NO_SHARED_MEMORY:
+            log.info("the exchange goes over sockets: %s", message.text)
+            self._share(None)
+            return
         self._fail(ProtocolError(message.code, message.text))
 
     def _on_data(self, frames: list[zmq.Frame]) -> None:
@@ -310,12 +334,16 @@ class Link(threading.Thread):
         message = messages.decode(frames[1].buffer)
         shared = self.shared
         if isinstance(message, Model):
-            if len(frames) != 3:
-                raise MessageError("bad-frames", "a model message has one payload")
+            if len(frames) != (3 if message.slot < 0 else 2):
+                raise MessageError("bad-frames", "a model message has one payload or a slot")
             assert shared.assembly is not None
+            if frames[0].buffer == HERE:
+                self._listen_to(HERE)  # everything that came as WIRE before this is here
             self.progress_at = time.monotonic()
+            self._meet(message.incarnation)
+            payload = frames[2].buffer if message.slot < 0 else None
             with shared.changed:
-                complete = shared.assembly.add(message, frames[2].buffer)
+                complete = shared.assembly.add(message, payload)
                 if complete:
                     self._begin_if_away()
                     shared.changed.notify_all()
@@ -323,9 +351,63 @@ class Link(threading.Thread):
             if complete and welcome is not None and welcome.config.get("slowest_first"):
                 self._outbound(Have(self._join.worker, message.version))
         elif isinstance(message, Want):
+            self._meet(message.incarnation)
             self._on_want(message)
+        elif isinstance(message, Offer):
+            self._on_offer(message)
         elif isinstance(message, Error):
             self._on_error(message)
+
+    # Shared memory
+
+    def _meet(self, incarnation: str) -> None:
+        """Offer memory to a parameter server that we have not met yet; until it takes it, sockets carry everything."""
+        welcome, assembly = self.shared.welcome, self.shared.assembly
+        if incarnation in ("", self._offered_to) or welcome is None or assembly is None:
+            return
+        self._offered_to = incarnation
+        self._share(None)
+        if not welcome.config.get("shared_memory") or self._join.role != "worker":
+            return
+        try:
+            self._memory = self._memory or Region.create(assembly.layout, UPDATE_SLOTS)
+        except SharedMemoryError as error:
+            log.info("the exchange goes over sockets: %s", error)
+            return
+        self._outbound(self._memory.offer(self._join.worker, incarnation))
+
+    def _on_offer(self, offer: Offer) -> None:
+        """The parameter server has mapped our memory, and offers its own."""
+        assembly = self.shared.assembly
+        if assembly is None or offer.incarnation != self._offered_to:
+            return
+        try:
+            if offer.fd >= 0:  # else only updates go through shared memory
+                self._share(Region.open(assembly.layout, MODEL_SLOTS, offer))
+            self._puts = True
+        except SharedMemoryError as error:
+            log.info("the exchange goes over sockets: %s", error)
+            self._outbound(Offer(self._join.worker, "", 0, -1, "", offer.incarnation))
+
+    def _share(self, region: Region | None) -> None:
+        """Have models in this memory of the parameter server from now on; None: over the socket, and updates too."""
+        self._puts = False
+        assert self.shared.assembly is not None
+        with self.shared.changed:
+            self.shared.assembly.share(region)
+        if self._listens_to:
+            self._listen_to(*([WIRE] if region is None else [WIRE, HERE]))
+
+    def _listen_to(self, *topics: bytes) -> None:
+        """Subscribe to these broadcasts and no others; the new ones first, so that nothing is missed."""
+        assert self._sub is not None
+        for topic in topics:
+            if topic not in self._listens_to:
+                self._sub.subscribe(topic)
+        for topic in self._listens_to:
+            if topic not in topics:
+                self._sub.unsubscribe(topic)
+        self._listens_to = list(topics)
 
     def _begin_if_away(self) -> None:
         """A worker that overlaps is in the new round from now on, in the middle of a step."""
