@@ -86,6 +86,11 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def page_faults(pid: int) -> int:
+    """Minor page faults of a process so far."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
 @contextmanager
 def child(target: Callable[..., None], *args: Any) -> Iterator[tuple[Connection, int]]:
     """`target(pipe, *args)` in a process of its own; gives the pipe's other end and the process id. It ends with the
@@ -193,11 +198,16 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
         for rank, (pipe, _) in enumerate(trainers):
             result_of(pipe, f"worker {rank}")
         cpu = cpu_s(ps_pid)
+        faults = [page_faults(pid) for pid in (ps_pid, trainers[0][1])]
         for pipe, _ in trainers:
             pipe.send("go")
         results = [result_of(pipe, f"worker {rank}") for rank, (pipe, _) in enumerate(trainers)]
         cpu = (cpu_s(ps_pid) - cpu) / (rounds + WARM_UP + 1)
         peak = memory_mb(ps_pid, "VmHWM")
+        faults = [
+            (page_faults(pid) - before) // (rounds + WARM_UP + 1)
+            for pid, before in zip((ps_pid, trainers[0][1]), faults, strict=True)
+        ]
         assert len({value for _, value, _ in results}) == 1, "the workers' models differ"
         name = f"esync, {lane}" + "".join(f", {value}" for value in run.values())
         return Row(
@@ -209,6 +219,7 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
             server_mb=peak,
             server_grown_mb=peak - before_mb,
             worker_mb=max(memory_mb(pid, "VmHWM") for _, pid in trainers),
+            notes={"page_faults": dict(zip(("server", "worker"), faults, strict=True))},
         )
 
 
@@ -448,7 +459,7 @@ def main(
                 row = one()
                 rows.append(row)
                 console.print(
-                    f"{row.system}, {workers} workers, {mb:g} MB: {row.median_s * 1e3:.1f} ms",
+                    f"{row.system}, {workers} workers, {mb:g} MB: {row.median_s * 1e3:.1f} ms {row.notes or ''}",
                     highlight=False,
                 )
     show(rows, "gloo all-reduce" if has_torch and not only_esync else rows[0].system)

@@ -192,9 +192,9 @@ COMPRESSIONS: dict[str, Callable[[float], Encoding]] = {
 
 def is_finite(x: Vector) -> bool:
     """Whether no element is NaN or infinite."""
-    # One pass: a NaN or an infinity survives any sum. A sum may also overflow, so look closer then.
     with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.sum(x))) or bool(np.isfinite(x).all())
+        # einsum sums in one pass and without a temporary: NaN and infinity survive. Finite numbers may overflow.
+        return math.isfinite(np.einsum("i->", x)) or bool(np.isfinite(x).all())
 
 
 class Compressor:

@@ -33,6 +33,7 @@ def fake_cupy(devices=2):
     """A module with the parts of CuPy that the backend calls, on NumPy: kernels evaluate their expressions."""
     cupy = types.ModuleType("cupy")
     cupy.used = []
+    cupy.multiply = np.multiply
     cupy.pinned = []
 
     class Device:

@@ -220,6 +220,7 @@ class Mean(Aggregation):
 
     def _begin(self) -> None:
         self._arrived: list[set[str]] = [set() for _ in self.chunks]
+        self._first: list[tuple[Array, float] | None] = [None] * len(self.chunks)
         self._totals: list[Array] = [None] * len(self.chunks)
         self._rooms: list[Array] = [None] * len(self.chunks)  # where those are that have one
         self._weights = [0.0] * len(self.chunks)
@@ -249,12 +250,23 @@ class Mean(Aggregation):
             steps = max(1, update.steps)
             factor = weight / steps
             self._steps[chunk] += steps
-        if self._totals[chunk] is None:
-            room = self._rooms[chunk] = self._room(self.version + 1, chunk) if self._room else None
-            self._totals[chunk] = self.backend.scaled(update.data, factor, room)
-        else:
+        first = self._first[chunk]
+        if self._totals[chunk] is not None:
             self.backend.add_scaled(self._totals[chunk], update.data, factor)
+        elif first is None:
+            self._first[chunk] = update.data, factor  # the sum begins with the second one
+        else:
+            self._totals[chunk] = self.backend.blend(
+                *first, update.data, factor, self._new_room(chunk)
+            )
+            self._first[chunk] = None
         self._weights[chunk] += weight
+
+    def _new_room(self, chunk: int) -> Array | None:
+        """Where the next version's chunk is made, if that is given."""
+        if self._room is not None:
+            self._rooms[chunk] = self._room(self.version + 1, chunk)
+        return self._rooms[chunk]
 
     def _normalised(self, chunk: int) -> bool:
         """Whether the chunk's deltas count per local step."""
@@ -297,8 +309,10 @@ class Mean(Aggregation):
         ):
             self._add(update)
         self._kept[chunk] = []
-        total, weight = self._totals[chunk], self._weights[chunk]
-        self._totals[chunk] = None
+        total, weight, first = self._totals[chunk], self._weights[chunk], self._first[chunk]
+        if first is not None:
+            total = self.backend.scaled(*first, self._new_room(chunk))
+        self._totals[chunk] = self._first[chunk] = None
         scale = 1.0 / weight
         if self.layout.chunks[chunk].kind == DELTA:
             if self._normalised(chunk):

@@ -92,6 +92,8 @@ class NumpyBackend:
     def blend(
         self, a: Array, alpha: float, b: Array, beta: float, out: Array | None = None
     ) -> Array:
+        if alpha == beta == 1.0:
+            return np.add(a, b, out=out)
         out = np.multiply(b, np.float32(beta), out=out)
         if alpha == 1.0:
             out += a
@@ -207,7 +209,7 @@ class CupyBackend:
         return self._cupy.full(x.size, value, np.float32)
 
     def scaled(self, x: Array, weight: float, out: Array | None = None) -> Array:
-        return self._cupy.multiply(x, np.float32(weight), out=out)
+        return self._cupy.multiply(x, np.float32(weight), out=out)  # out may be x
 
     def add_scaled(self, total: Array, x: Array, weight: float) -> None:
         self._axpy(x, np.float32(weight), total)

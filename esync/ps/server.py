@@ -306,7 +306,8 @@ class TensorThread(threading.Thread):
             )
             return
         data = self._backend.load(update)
-        if not self._backend.is_finite(data):
+        # Who shares memory with us has looked itself (`Link._put`), and the sum is looked at whatever is in it.
+        if not shared and not self._backend.is_finite(data):
             raise MessageError(
                 "not-finite",
                 f"the update of round {message.round} holds NaN or infinity: the training diverged. "
