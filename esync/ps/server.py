@@ -118,6 +118,7 @@ class TensorThread(threading.Thread):
         self.counters: Counter[str] = Counter()
         self.bytes_up = 0
         self.bytes_down = 0
+        self.bytes_shared = 0  # of both, what went through shared memory
         self.incarnation = secrets.token_hex(4)
         self._pull, self._xpub = pull, xpub
         self._backend, self._config = backend, config
@@ -314,6 +315,7 @@ class TensorThread(threading.Thread):
                 "Lower the learning rate, or look at the data",
             )
         self.bytes_up += payload.nbytes
+        self.bytes_shared += payload.nbytes if shared else 0
         self._arrival[message.worker] = time.monotonic()
         if message.round == INITIAL:
             self._asked_at = time.monotonic()  # it is on its way
@@ -480,6 +482,7 @@ class TensorThread(threading.Thread):
         header.slot = event.version % MODEL_SLOTS
         self._xpub.send_multipart([topic, messages.encode(header)])
         self.bytes_down += event.data.nbytes * receivers
+        self.bytes_shared += event.data.nbytes * receivers
 
     def _send_data(self, topic: bytes, event: Published, receivers: int) -> None:
         header = self._header(event)
@@ -701,7 +704,8 @@ class ParameterServer:
             if self.thread.save(path):
                 self._say(f"final model: {path}")
         refused = dict(self.thread.counters) if self.thread else {}
-        self._journal.write("leave", reason=message.reason, refused=refused)
+        shared = self.thread.bytes_shared if self.thread else 0
+        self._journal.write("leave", reason=message.reason, refused=refused, bytes_shared=shared)
         self._server.send(b"", Leave(self.name, "done"))
         self._server.stop()
 
