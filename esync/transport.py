@@ -29,6 +29,8 @@ MAX_CONTROL_BYTES = 4 << 20
 """Largest frame on the control channel."""
 MAX_CHUNK_BYTES = 4 << 20
 """Largest frame on the data channel; chunks are at most 1 MiB."""
+CHUNKS_IN_FLIGHT = 4
+"""Chunks of one worker's update that wait at either end of its connection: more take memory and bring nothing."""
 LINGER_MS = 2000
 
 
@@ -189,14 +191,14 @@ def _heartbeats(socket: zmq.Socket[bytes]) -> None:
 def pull(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
     """Where updates arrive. The high-water mark counts chunks, and so bounds memory."""
     socket = _socket_of(context, zmq.PULL, MAX_CHUNK_BYTES)
-    socket.setsockopt(zmq.RCVHWM, 64)
+    socket.setsockopt(zmq.RCVHWM, CHUNKS_IN_FLIGHT)
     return socket
 
 
 def push(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[bytes]:
     """Where a worker's updates leave."""
     socket = _socket_of(context, zmq.PUSH, MAX_CHUNK_BYTES)
-    socket.setsockopt(zmq.SNDHWM, 64)
+    socket.setsockopt(zmq.SNDHWM, CHUNKS_IN_FLIGHT)
     return _connect(socket, endpoint)
 
 

@@ -15,8 +15,10 @@ from esync.config import RunConfig
 from esync.errors import ModelError
 from esync.messages import INITIAL
 from esync.ps.aggregation import (
+    NOT_FINITE,
     Completed,
     Contribution,
+    Doubted,
     FedAsync,
     Immediate,
     Mean,
@@ -112,6 +114,10 @@ def published(events):
     return [event for event in events if isinstance(event, Published)]
 
 
+def doubted(events):
+    return [event for event in events if isinstance(event, Doubted)]
+
+
 def refused(events):
     return [event.reason for event in events if isinstance(event, Refused)]
 
@@ -145,7 +151,7 @@ def test_finite_updates_whose_result_is_infinite_change_nothing(kind):
     server.push("w0", INITIAL, vector(0))
     server.aggregation.set_members({"w0": 0, "w1": 1})
     largest = np.full_like(vector(0), 3e38)
-    for worker in ("w0", "w1"):
+    for worker in ("w0", "w1", "w0"):  # the sum is not finite: once more
         server.push(worker, 0, largest)
         server.push(worker, 0, largest)
     assert server.version >= 1
@@ -456,6 +462,9 @@ def test_a_chunk_that_overflows_keeps_its_value_and_its_outer_state(outer):
     too_much = vector(1)
     too_much[4] = 3e38  # in the second chunk; twice it is infinite
     events = server.push("w0", 1, too_much) + server.push("w1", 1, too_much)
+    assert doubted(events) == [Doubted(1, 1, frozenset(["w0", "w1"]))]
+    assert server.version == 1
+    events = server.chunk("w0", 1, too_much, 1) + server.chunk("w1", 1, too_much, 1)
     assert refused(events) == ["overflow"]
     assert server.version == 2
     np.testing.assert_array_equal(server.model[3:6], model[3:6])
@@ -470,11 +479,54 @@ def test_a_chunk_that_overflows_keeps_its_value_and_its_outer_state(outer):
     assert not np.any(server.model[3:6] == model[3:6])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("weights", ["equal", "fednova"])
+def test_who_sends_nan_is_found_and_the_others_mean_is_the_one_without_him(bad, ordered, weights):
+    server, without = (
+        Server.of(Mean, ["w0", "w1", "w2"], vector(9), ordered, weights=weights) for _ in range(2)
+    )
+    spoilt = vector(1)
+    spoilt[4] = bad
+    updates = {"w0": vector(0), "w1": spoilt, "w2": vector(2)}
+    events = [e for worker, update in updates.items() for e in server.push(worker, 0, update)]
+    assert doubted(events) == [Doubted(0, 1, frozenset(updates))]
+    assert server.aggregation.missing("w0", 0) == [1]
+    again = [server.chunk(worker, 0, update, 1) for worker, update in updates.items()]
+    assert again == [[], [Refused(NOT_FINITE, "w1")], []]
+    assert server.version == 0
+    assert [event.chunk for event in published(server.members("w0", "w2"))] == [1]
+    for worker, update in updates.items():
+        without.push(worker, 0, update, chunks=[0, 2, 3, 4] if worker == "w1" else range(CHUNKS))
+    without.members("w0", "w2")
+    assert server.version == without.version == 1
+    np.testing.assert_array_equal(server.model, without.model)
+    assert server.push("w0", 1, vector(5)) == []  # the next round trusts again
+
+
+@without_a_barrier
+def test_without_a_barrier_nan_is_refused_at_once(kind):
+    server = Server.of(kind, ["w0"], vector(9))
+    spoilt = vector(1)
+    spoilt[4] = np.nan
+    assert server.chunk("w0", 0, spoilt, 1) == [Refused(NOT_FINITE, "w0")]
+    np.testing.assert_array_equal(server.model, vector(9))
+
+
+def test_an_initial_model_with_nan_is_refused():
+    server = Server.of(Mean, ["w0"])
+    spoilt = vector(1)
+    spoilt[4] = np.nan
+    assert server.push("w0", INITIAL, spoilt) == [Refused(NOT_FINITE, "w0")]
+    assert server.version == -1
+
+
 def test_outer_adam_s_state_stays_finite_where_a_square_overflows():
     server = Server.of(Mean, ["w0"], vector(9), outer="adam")
     too_much = vector(1)
     too_much[4] = 1e30  # m / sqrt(v) would be 0, and for ever
-    assert refused(server.push("w0", 0, too_much)) == ["overflow"]
+    assert doubted(server.push("w0", 0, too_much)) == [Doubted(0, 1, frozenset(["w0"]))]
+    assert refused(server.chunk("w0", 0, too_much, 1)) == ["overflow"]
     assert server.aggregation.outer.state()["v"][1] is None
     server.push("w0", 1, vector(2))
     assert not np.any(server.model[3:6] == vector(9)[3:6])

@@ -154,6 +154,8 @@ def test_a_sum_that_overflows_in_shared_memory_leaves_the_chunk_as_it_was(layout
     huge = np.full(150, 3e38, np.float32)
     push(server, layout, "a", 0, huge)
     push(server, layout, "b", 0, huge)
+    push(server, layout, "a", 0, huge)
+    push(server, layout, "b", 0, huge)
     assert server.version == 1
     np.testing.assert_array_equal(np.concatenate(server.chunks), vector(0))
 

@@ -69,14 +69,29 @@ class Completed:
     members: frozenset[str]
 
 
+NOT_FINITE = "not-finite"
+
+
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A contribution that changed nothing, and why: `late`, `double`, `early` or `overflow`."""
+    """A contribution that changed nothing, and why: `late`, `double`, `early`, `overflow` or `NOT_FINITE`; the sender
+    of the last one is to be told."""
 
     reason: str
+    worker: str = ""
 
 
-Event = Published | Completed | Refused
+@dataclass(frozen=True, slots=True)
+class Doubted:
+    """A sum is not finite, and it is not known whose fault that is: it begins anew. These workers' chunk is wanted
+    again, and will be looked at before it is added."""
+
+    round: int
+    chunk: int
+    workers: frozenset[str]
+
+
+Event = Published | Completed | Refused | Doubted
 Room = Callable[[int, int], Array]
 """(version, chunk) -> where to write that chunk of that version, when it begins to be made. What was there before, the
 same chunk two versions ago, is nobody's any more."""
@@ -113,6 +128,8 @@ class Aggregation(ABC):
     def _receive_initial(self, update: Contribution) -> list[Event]:
         if update.round != INITIAL:
             return [Refused("early")]
+        if not self.backend.is_finite(update.data):
+            return [Refused(NOT_FINITE, update.worker)]
         chunks = self._initial.setdefault(update.worker, [None] * len(self.chunks))
         if chunks[update.chunk] is not None:
             return [Refused("double")]
@@ -184,6 +201,9 @@ class Mean(Aggregation):
 
     A worker that is not (yet) expected is included if its update comes in time.
 
+    To look at every chunk that comes would cost as much as to add it. So only the result is looked at; if that is not
+    finite, the chunk is asked for again, and then each worker's is looked at before it is added.
+
     With compression, what is published of a chunk of deltas is how it moves, encoded.
 
     Attributes:
@@ -228,12 +248,15 @@ class Mean(Aggregation):
         self._kept: list[list[Contribution]] = [[] for _ in self.chunks]
         self._next: list[Array] = [None] * len(self.chunks)
         self._encoded: list[Encoded | None] = [None] * len(self.chunks)
+        self._doubted: set[int] = set()
 
     def _receive(self, update: Contribution) -> list[Event]:
         if update.round != self.version or self._next[update.chunk] is not None:
             return [Refused("early" if update.round > self.version else "late")]
         if update.worker in self._arrived[update.chunk]:
             return [Refused("double")]
+        if update.chunk in self._doubted and not self.backend.is_finite(update.data):
+            return [Refused(NOT_FINITE, update.worker)]
         self._arrived[update.chunk].add(update.worker)
         if self._ordered:
             self._kept[update.chunk].append(update)
@@ -283,6 +306,9 @@ class Mean(Aggregation):
             arrived = self._arrived[chunk]
             if self._next[chunk] is None and arrived and arrived >= self._expected.keys():
                 new = self._new_value(chunk)
+                if new is None and chunk not in self._doubted:
+                    events.append(self._begin_anew(chunk))
+                    continue
                 if new is None:
                     new = self.chunks[chunk]  # finite updates, but their sum is not
                     events.append(Refused("overflow"))
@@ -300,6 +326,13 @@ class Mean(Aggregation):
             self._begin()
             events.append(Completed(self.version, members))
         return events
+
+    def _begin_anew(self, chunk: int) -> Doubted:
+        """Forget what came of a chunk, and look at what comes."""
+        workers = frozenset(self._arrived[chunk])
+        self._doubted.add(chunk)
+        self._arrived[chunk], self._weights[chunk], self._steps[chunk] = set(), 0.0, 0
+        return Doubted(self.version, chunk, workers)
 
     def _new_value(self, chunk: int) -> Array | None:
         """The chunk of the next version; None if it would not be finite."""
@@ -428,6 +461,8 @@ class OnArrival(Aggregation):
         progress = self._progress.setdefault(update.worker, _Progress())
         if update.round < progress.round:
             return [Refused("late")]
+        if not self.backend.is_finite(update.data):
+            return [Refused(NOT_FINITE, update.worker)]
         if update.round > progress.round:
             progress.round, progress.arrived = update.round, set()
             progress.staleness = self.version - update.round

@@ -59,9 +59,11 @@ from esync.messages import (
 from esync.messaging import LOCAL, MessageServer
 from esync.ps.aggregation import (
     AGGREGATIONS,
+    NOT_FINITE,
     Aggregation,
     Completed,
     Contribution,
+    Doubted,
     Event,
     Published,
     Refused,
@@ -76,6 +78,7 @@ log = logging.getLogger("esync.ps")
 INITIAL_PATIENCE_S = 5.0
 """How long the worker of rank 0 has for the initial model before somebody else is asked for it."""
 RECV_BURST = 32
+DIVERGED = "the update holds NaN or infinity: the training diverged. Lower the learning rate, or look at the data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,14 +309,6 @@ class TensorThread(threading.Thread):
                 1  # the last version is the last, however fast the workers are
             )
             return
-        data = self._backend.load(update)
-        # Who shares memory with us has looked itself (`Link._put`), and the sum is looked at whatever is in it.
-        if not shared and not self._backend.is_finite(data):
-            raise MessageError(
-                "not-finite",
-                f"the update of round {message.round} holds NaN or infinity: the training diverged. "
-                "Lower the learning rate, or look at the data",
-            )
         self.bytes_up += payload.nbytes
         self.bytes_shared += payload.nbytes if shared else 0
         self._arrival[message.worker] = time.monotonic()
@@ -323,7 +318,7 @@ class TensorThread(threading.Thread):
             message.worker,
             message.round,
             message.chunk,
-            data,
+            self._backend.load(update),
             message.steps,
             max(1, message.samples),
         )
@@ -422,6 +417,11 @@ class TensorThread(threading.Thread):
                 self._publish(event)
             elif isinstance(event, Refused):
                 self.counters[event.reason] += 1
+                if event.reason == NOT_FINITE:
+                    self._send_to(event.worker, Error(NOT_FINITE, DIVERGED))
+            elif isinstance(event, Doubted):
+                for worker in event.workers:
+                    self._send_to(worker, Want(event.round, [event.chunk], self.incarnation))
             elif isinstance(event, Completed):
                 now = time.monotonic()
                 early = {w: now - self._arrival.get(w, now) for w in event.members}

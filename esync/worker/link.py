@@ -19,7 +19,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from esync import messages, transport
-from esync.compression import Compressor, Payload, is_finite
+from esync.compression import Compressor, Payload
 from esync.errors import EsyncError, ProtocolError, TransportError
 from esync.mailbox import Mailbox
 from esync.messages import (
@@ -225,7 +225,8 @@ class Link(threading.Thread):
                 incarnation=assembly.incarnation,
             )
             part = item.flat[layout.chunks[i].start : layout.chunks[i].stop]
-            if self._puts and self._put(i, part, item.round):
+            if self._puts and self._memory is not None:
+                self._put(self._memory, i, part, item.round)
                 header.slot = 0
                 self._outgoing.append([messages.encode(header)])
             else:
@@ -235,18 +236,11 @@ class Link(threading.Thread):
                 self._outgoing.append([messages.encode(header), payload])
             self._flush()
 
-    def _put(self, chunk: int, part: Vector, round: int) -> bool:
-        """Put a chunk of an update where the parameter server reads it, unless it is there. False if it is not
-        finite: such a chunk goes over the socket, for the server to refuse."""
-        memory = self._memory
-        assert memory is not None
+    def _put(self, memory: Region, chunk: int, part: Vector, round: int) -> None:
+        """Put a chunk of an update where the parameter server reads it, unless it is there."""
         if memory.stamps[0, chunk] != round:
-            shared = memory.begin(0, chunk)
-            np.copyto(shared, part)
-            if not is_finite(shared):
-                return False
+            np.copyto(memory.begin(0, chunk), part)
             memory.finish(0, chunk, round)
-        return True
 
     def _flush(self) -> None:
         """Send what the data socket takes; it says when it takes more."""
