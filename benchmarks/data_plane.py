@@ -223,6 +223,67 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
         )
 
 
+LEAVES = 100
+STEP_S = 0.002
+"""What a local step is taken to cost: sleep, so that only `worker.step` is measured."""
+
+
+def stepping_worker(pipe: Connection, state: str, rank: int, elements: int, seconds: float) -> None:
+    import jax.numpy as jnp
+
+    from esync.worker.client import Worker
+
+    sizes = [elements // LEAVES] * LEAVES
+    tree = {f"layer{i}": jnp.zeros(size, jnp.float32) for i, size in enumerate(sizes)}
+    quiet, arriving, busy = [], [], []
+    with Worker(state, name=f"w{rank}", rank=rank) as worker:
+        tree = worker.start(tree)
+        assembly = worker._shared.assembly
+        assert assembly is not None
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until and not worker.stopped:
+            time.sleep(STEP_S)
+            before, synced = assembly.missing()[0], worker.totals.sync_s
+            began = time.perf_counter()
+            tree = worker.step(tree)
+            took = time.perf_counter() - began
+            if worker.totals.sync_s != synced:
+                busy.append(took)
+            elif before >= 0 or assembly.missing()[0] >= 0:
+                arriving.append(took)
+            else:
+                quiet.append(took)
+        pipe.send((quiet, arriving, busy, worker.round))
+
+
+def stepping(lane: str, workers: int, mb: float, seconds: float) -> dict[str, Any]:
+    """Seconds that `worker.step` takes of a tree of JAX arrays, with overlapped synchronisation: when there is
+    nothing to do, while a model arrives, and when it pushes or merges."""
+    settings = {"mode": "esync", "overlap": True, "model": "own", "workers": workers}
+    settings |= {"shared_memory": lane == "shared memory", "duration_s": seconds + 60}
+    with ExitStack() as stack:
+        state, _ = stack.enter_context(child(esync_state, settings, "tcp://127.0.0.1:*"))
+        endpoint = result_of(state, "the state server")
+        ps, _ = stack.enter_context(child(esync_ps, endpoint, {}))
+        result_of(ps, "the parameter server")
+        elements = int(mb * 1e6 / 4)
+        rows = [
+            stack.enter_context(child(stepping_worker, endpoint, rank, elements, seconds))
+            for rank in range(workers)
+        ]
+        results = [result_of(pipe, f"worker {i}") for i, (pipe, _) in enumerate(rows)]
+    names = ("nothing to do", "while a model arrives", "pushing or merging")
+    row: dict[str, Any] = {"lane": lane, "workers": workers, "mb": mb, "rounds": results[0][3]}
+    for i, name in enumerate(names):
+        times = [seconds for result in results for seconds in result[i]]
+        row[name] = {
+            "calls": len(times),
+            **({"median_us": float(np.median(times)) * 1e6} if times else {}),
+            **({"p99_us": float(np.quantile(times, 0.99)) * 1e6} if times else {}),
+        }
+    return row
+
+
 # gloo
 
 

@@ -229,6 +229,10 @@ class Compressor:
             self._lost[chunk] = x - encoding.decode(memoryview(payload), x.size)
         return encoding.name, payload
 
+    def forget(self, chunk: int) -> None:
+        """What a chunk lost is not to be made up for any more."""
+        self._lost.pop(chunk, None)
+
     def encoded_bytes(self) -> int:
         """Bytes of a whole model's chunks."""
         return sum(

@@ -80,12 +80,15 @@ class Region:
         """
         if not SUPPORTED:
             raise SharedMemoryError("this system has no anonymous shared memory")
+        fd = -1
         try:
             fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, _bytes(layout, slots))
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             memory = mmap.mmap(fd, _bytes(layout, slots))
         except OSError as error:
+            if fd >= 0:
+                os.close(fd)
             raise SharedMemoryError(f"no shared memory: {error}") from error
         memory[:TOKEN_BYTES] = secrets.token_bytes(TOKEN_BYTES)
         region = cls(layout, slots, memory, fd)

@@ -316,3 +316,16 @@ def test_a_real_run_learns_with_it_and_ends_with_one_model(mode, compression):
         whole = 4 * 1000 * 2 * summary["rounds"]
         assert summary["bytes_up"] < 0.55 * whole
         assert summary["bytes_down"] < 0.6 * whole
+
+
+@every_lossy
+def test_numbers_near_the_largest_float_do_not_become_infinite_by_it(layout, compression):
+    config = RunConfig(compression=compression, topk=0.5)
+    server, worker = Mean(layout, NumpyBackend(), config), Receiver(layout, config)
+    worker.take(push(server, layout, "a", INITIAL, np.zeros(150, np.float32)))
+    server.set_members({"a": 0})
+    for round, value in enumerate((np.finfo(np.float32).max, -1e38, 0.01, 0.01)):
+        worker.take(push(server, layout, "a", round, np.full(150, value, np.float32)))
+        assert server.version == round + 1
+        assert np.isfinite(np.concatenate(server.chunks)).all()
+        np.testing.assert_array_equal(worker.assembly.flat, np.concatenate(server.chunks))

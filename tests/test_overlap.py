@@ -327,11 +327,11 @@ def test_a_round_that_ends_while_its_update_is_packed_is_given_up(
         until_it_takes_part_again(trainers[0], clusters)
         worker.pause(0.002)
 
-    def slow_pack(packer: Packer, params: Any, stats: Any = None, base: Any = 0.0) -> Any:
+    def slow_pack(packer: Packer, *trees: Any, out: Any = None) -> Any:
         if workers and workers[0]._packer is packer and workers[0].round == 3 and not missed:
             missed.append(3)
             leave_and_miss(workers[0], 1)
-        return pack(packer, params, stats, base)
+        return pack(packer, *trees, out=out) if len(trees) < 4 else pack(packer, *trees)
 
     monkeypatch.setattr(Packer, "pack", slow_pack)
     trainers = [Trainer(during), Trainer()]

@@ -11,6 +11,7 @@ import pytest
 
 from esync.errors import ModelError
 from esync.tensors import DELTA, VALUE
+from esync.worker import pytree
 from esync.worker.pytree import Packer, is_batch_norm, path_name
 
 Pair = namedtuple("Pair", ["first", "second"])
@@ -31,9 +32,12 @@ PARAMS = {
 STATS = {"BatchNorm_0": {"mean": np.array([7.0, 8.0], np.float32)}}
 
 
-@pytest.fixture(params=[on_host, on_device], ids=["numpy", "jax"])
-def place(request):
-    return request.param
+@pytest.fixture(params=["numpy", "jax", "jax compiled"])
+def place(request, monkeypatch):
+    """Puts arrays where they are packed: `jax compiled` is what happens on an accelerator, on a CPU."""
+    if request.param == "jax compiled":
+        monkeypatch.setattr(pytree, "_InHostMemory", pytree._OnDevice)
+    return on_host if request.param == "numpy" else on_device
 
 
 def test_params_are_deltas_and_stats_are_values(place):
@@ -167,12 +171,40 @@ def test_another_tree_than_the_packer_s_is_refused(place):
         packer.pack(place({"other": np.ones(3)}))
 
 
-def test_an_unpacked_tree_on_the_host_shares_no_memory_with_the_model():
-    packer = Packer(on_host(PARAMS))
+@pytest.mark.parametrize("size", [1, 64, 100_000])
+def test_an_unpacked_tree_shares_no_memory_with_the_model(place, size):
+    packer = Packer(place({"w": np.zeros(size, np.float32)}))
     flat = np.ones(packer.layout.size, np.float32)
-    params, _, base = packer.unpack(flat)
-    for leaf in [*jax.tree.leaves(params), base]:
-        assert not np.shares_memory(leaf, flat)
+    params, _, _ = packer.unpack(flat)
+    jax.block_until_ready(params)
+    assert not np.shares_memory(np.asarray(params["w"]), flat)
+    flat[:] = 5
+    assert (np.asarray(params["w"]) == 1).all()
+
+
+def test_an_update_is_put_where_it_is_wanted(place):
+    packer = Packer(place(PARAMS), place(STATS))
+    out = np.zeros(packer.layout.size, np.float32)
+    params, stats, base = packer.unpack(np.arange(packer.layout.size, dtype=np.float32))
+    packed = packer.pack(params, stats, base, out)
+    assert packed is out
+    np.testing.assert_array_equal(out, packer.pack(params, stats, base))
+    np.testing.assert_array_equal(out[: packer.layout.deltas], 0)
+
+
+def test_merging_adds_the_progress_since_the_push_but_not_to_statistics(place):
+    packer = Packer(place(PARAMS), place(STATS))
+    size = packer.layout.size
+    pushed = np.arange(size, dtype=np.float32)
+    now, stats, _ = packer.unpack(pushed + np.float32(0.5))
+    model = np.full(size, 100, np.float32)
+    params, stats, base = packer.merge(model, now, stats, pushed)
+    merged = packer.pack(params, stats)
+    np.testing.assert_array_equal(merged[:11], 100.5)
+    np.testing.assert_array_equal(merged[11:], 100)
+    update = packer.pack(params, stats, base)
+    np.testing.assert_array_equal(update[: packer.layout.deltas], 0.5)
+    np.testing.assert_array_equal(model, 100)
 
 
 def test_a_path_is_written_with_slashes():

@@ -9,22 +9,26 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq
 
-from esync import shared_memory, tensors
+from esync import messages, shared_memory, tensors
 from esync.compression import Plain
 from esync.config import RunConfig
 from esync.errors import EsyncError
-from esync.messages import INITIAL, Model, Offer
+from esync.messages import INITIAL, Members, Model, Offer
 from esync.ps.aggregation import Contribution, Mean
 from esync.ps.backend import NumpyBackend
 from esync.shared_memory import MODEL_SLOTS, WRITING, Region, SharedMemoryError
 from esync.tensors import DELTA, VALUE, Layout, Leaf
 from esync.worker.assembly import Assembly
+from esync.worker.client import Worker
+from esync.worker.link import Link
 from tests.cluster import Cluster
 
 pytestmark = pytest.mark.skipif(
@@ -340,3 +344,147 @@ def test_nothing_is_left_behind_by_roles_that_are_killed(tmp_path):
         process.send_signal(signal.SIGINT)
         process.wait(30)
     assert set(os.listdir("/dev/shm")) <= before
+
+
+# What a review found
+
+
+def steady(worker):
+    params = worker.start({"w": np.zeros(1000, np.float32)})
+    while not worker.stopped:
+        params = worker.step({"w": params["w"] + np.float32(0.1)})
+    return worker.round
+
+
+def test_word_of_an_update_that_comes_too_late_is_passed_over(monkeypatch):
+    """The barrier does not wait for w1, so its updates are often still on their way when it makes the next."""
+    real = Mean.set_members
+
+    def without_w1(self, ranks):
+        return real(self, {w: r for w, r in ranks.items() if w != "w1"} or ranks)
+
+    monkeypatch.setattr(Mean, "set_members", without_w1)
+    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 10)
+    with Cluster(RunConfig(mode="sync", workers=2, rounds=300)) as cluster:
+        threads = [cluster.train(f"w{i}", steady, rank=i) for i in range(2)]
+        assert [thread.result() for thread in threads] == [300, 300]
+        cluster.finish()
+
+
+def test_what_is_lost_while_a_worker_finds_its_model_overwritten_is_asked_for(monkeypatch):
+    """w1 is evicted and comes back while it reads a model; what is sent to it meanwhile is lost."""
+    lost, real_data, real_read = threading.Event(), Link._on_data, Worker._read
+    done = threading.Event()
+
+    def lossy(self, frames):
+        drop = lost.is_set() and self._join.worker == "w1"
+        if not (drop and isinstance(messages.decode(frames[1].buffer), Model)):
+            real_data(self, frames)
+
+    def read(self, make):
+        newest = self._shared.assembly.newest
+        if self.name == "w1" and newest.version >= 10 and not done.is_set():
+            done.set()
+            lost.set()
+            server = cluster.ps.thread
+            server.inbox.put(Members(server._epoch, {"w0": 0}))
+            while server.aggregation.version < newest.version + 10:
+                assert not server.aggregation.missing("w0", -5)
+            server.inbox.put(Members(server._epoch, {"w0": 0, "w1": 1}))
+            while not server._members >= {"w1"}:
+                pass
+            lost.clear()
+        return real_read(self, make)
+
+    monkeypatch.setattr(Link, "_on_data", lossy)
+    monkeypatch.setattr(Worker, "_read", read)
+    with Cluster(RunConfig(mode="sync", workers=2, rounds=200)) as cluster:
+        threads = [cluster.train(f"w{i}", steady, rank=i) for i in range(2)]
+        assert [thread.result() for thread in threads] == [200, 200]
+        cluster.finish()
+    assert done.is_set()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_stranger_that_unsubscribes_others_changes_nothing(shared):
+    config = RunConfig(mode="sync", workers=2, rounds=2000, shared_memory=shared)
+    with Cluster(config, "tcp") as cluster:
+        began = threading.Event()
+
+        def loop(worker):
+            params = worker.start({"w": np.zeros(1000, np.float32)})
+            while not worker.stopped:
+                params = worker.step(params)
+                if worker.round == 100:
+                    began.set()
+            return worker.round
+
+        threads = [cluster.train(f"w{i}", loop, rank=i) for i in range(2)]
+        assert began.wait(30)
+        stranger = cluster.context.socket(zmq.XSUB)
+        stranger.connect(cluster.ps.endpoints["model"])
+        for topic in (b"model", b"here", b"w/w0/", b"w/w1/"):
+            stranger.send(b"\x01" + topic)
+            for first in (b"\x02", b"\x00", b"\x02"):
+                stranger.send(first + topic)
+        assert [thread.result() for thread in threads] == [
+            2000,
+            2000,
+        ]  # at a second a round: not in time
+        stranger.close(0)
+        cluster.finish()
+
+
+def test_memory_that_is_not_mapped_any_more_is_offered_again():
+    with Cluster(RunConfig(mode="sync", workers=2, rounds=10**6)) as cluster:
+        forgot, again = threading.Event(), threading.Event()
+
+        def loop(worker):
+            params = worker.start({"w": np.zeros(1000, np.float32)})
+            while not worker.stopped:
+                params = worker.step({"w": params["w"] + np.float32(0.1)})
+                server = cluster.ps.thread
+                if worker.rank == 1 and worker.round > 20 and not forgot.is_set():
+                    del server._memories["w1"]
+                    forgot.set()
+                if forgot.is_set() and "w1" in server._memories and worker._link._puts:
+                    again.set()
+
+        threads = [cluster.train(f"w{i}", loop, rank=i) for i in range(2)]
+        assert again.wait(30)
+        cluster.state.stop("seen enough")
+        for thread in threads:
+            thread.result()
+        cluster.finish()
+
+
+def test_workers_that_come_and_go_leave_no_mapping_behind():
+    with Cluster(RunConfig(mode="sync", workers=1, rounds=10**6)) as cluster:
+        cluster.train("stays", steady)
+
+        def visit(worker):
+            params = worker.start({"w": np.zeros(1000, np.float32)})
+            for _ in range(3):
+                params = worker.step(params)
+
+        for i in range(8):
+            cluster.train(f"visitor{i}", visit).result()
+        server = cluster.ps.thread
+        deadline = time.monotonic() + 20
+        while set(server._memories) != {"stays"}:
+            assert time.monotonic() < deadline, server._memories.keys()
+            time.sleep(0.01)
+        cluster.state.stop("seen enough")
+        cluster.finish()
+
+
+def test_memory_that_the_system_does_not_give_leaves_no_descriptor(layout, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(shared_memory.mmap, "mmap", refuse)
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        with pytest.raises(SharedMemoryError, match="Cannot allocate"):
+            Region.create(layout, 1)
+    assert os.listdir("/proc/self/fd") == before

@@ -364,9 +364,13 @@ class Mean(Aggregation):
             return new
         moved = backend.host(backend.blend(new, 1.0, old, -1.0))
         name, payload = self._compressor.encode(chunk, moved, self.version)
-        self._encoded[chunk] = Encoded(name, payload)
         step = self._decoder.decode(name, chunk, memoryview(payload))
-        return backend.blend(old, 1.0, backend.load(step), 1.0)
+        decoded = backend.blend(old, 1.0, backend.load(step), 1.0)
+        if not backend.is_finite(decoded):  # numbers near the largest float32: the chunk goes whole
+            self._compressor.forget(chunk)
+            return new
+        self._encoded[chunk] = Encoded(name, payload)
+        return decoded
 
     def _published(self, chunk: int) -> Published:
         version, data = self.version + 1, self._next[chunk]

@@ -127,7 +127,7 @@ class TensorThread(threading.Thread):
         self._backend, self._config = backend, config
         self._tell = tell
         self._subscribers: dict[str, bytes] = {}  # id -> its own topic, in order of arrival
-        self._listeners: Counter[bytes] = Counter()  # by topic: for everybody
+        self._members: frozenset[str] = frozenset()
         self._memories: dict[
             str, Region
         ] = {}  # of workers on this machine, where their updates are
@@ -183,6 +183,7 @@ class TensorThread(threading.Thread):
         self._turns.first = frozenset(str(worker) for worker in message.first)
         if message.layout is not None and self._untrained():
             self._set_layout(Layout.from_wire(message.layout))
+        self._members = frozenset(message.workers)
         if self.aggregation is not None:
             self._emit(self.aggregation.set_members(message.workers))
             for worker in self._arrival.keys() - message.workers.keys():
@@ -212,16 +213,17 @@ class TensorThread(threading.Thread):
             except zmq.Again:
                 return
             here, topic = event[:1] == b"\x01", event[1:]
-            if topic in (WIRE, HERE):
-                self._listeners[topic] += 1 if here else -1
-            elif topic.startswith((b"w/", b"e/")) and topic.endswith(b"/"):
+            if (
+                event[:1] in (b"\x00", b"\x01")
+                and topic.startswith((b"w/", b"e/"))
+                and topic.endswith(b"/")
+            ):
                 worker = topic[2:-1].decode("utf-8", "replace")
                 if here:
                     self._subscribers[worker] = topic
                     self._greet(worker)
                 else:
                     self._subscribers.pop(worker, None)
-                    self._memories.pop(worker, None)
 
     def _greet(self, worker: str) -> None:
         """Send a new subscriber the model, or the word that there is none yet."""
@@ -301,6 +303,9 @@ class TensorThread(threading.Thread):
             self.counters["incarnation"] += 1
             return
         payload = self._shared_chunk(message) if shared else frames[1].buffer
+        if payload is None:
+            self.counters["overwritten"] += 1
+            return
         update = self._decoder.decode(message.encoding, message.chunk, payload)
         if message.steps < 0 or message.samples < 0:
             raise MessageError("bad-field", "steps and samples are not negative")
@@ -329,7 +334,8 @@ class TensorThread(threading.Thread):
     def _offer(self, message: Offer) -> None:
         """Use a worker's memory, and offer it the model's."""
         assert self.layout is not None
-        if message.incarnation != self.incarnation or not self._config.shared_memory:
+        known = message.worker in self._subscribers and message.incarnation == self.incarnation
+        if not known or not self._config.shared_memory:
             return
         if message.fd < 0:  # it could not map ours
             self._memories.pop(message.worker, None)
@@ -340,7 +346,9 @@ class TensorThread(threading.Thread):
                 self._share_model(Region.create(self.layout, MODEL_SLOTS))
         except SharedMemoryError as error:
             self._memories.pop(message.worker, None)
-            raise MessageError(NO_SHARED_MEMORY, str(error)) from error
+            log.info("no shared memory with %s: %s", message.worker, error)
+            text = "the parameter server cannot map it"  # why is nothing for the network to know
+            raise MessageError(NO_SHARED_MEMORY, text) from error
         region = self._region or self._memories[message.worker]  # the latter has nothing to map
         self._send_to(message.worker, region.offer(message.worker, self.incarnation))
 
@@ -374,8 +382,8 @@ class TensorThread(threading.Thread):
             self._region.stamps[slot, event.chunk] == event.version
         )
 
-    def _shared_chunk(self, message: Update) -> memoryview:
-        """A chunk that lies in its sender's memory."""
+    def _shared_chunk(self, message: Update) -> memoryview | None:
+        """A chunk that lies in its sender's memory; None if the sender has gone on to another round by now."""
         assert self.layout is not None
         region = self._memories.get(message.worker)
         if region is None:
@@ -385,9 +393,7 @@ class TensorThread(threading.Thread):
                 "bad-chunk", f"there is no chunk {message.chunk} in slot {message.slot}"
             )
         if region.stamps[message.slot, message.chunk] != message.round:
-            raise MessageError(
-                "overwritten", f"chunk {message.chunk} is not of round {message.round} any more"
-            )
+            return None
         chunk: Any = region.chunk(message.slot, message.chunk)
         return memoryview(chunk.view(np.uint8))
 
@@ -426,6 +432,8 @@ class TensorThread(threading.Thread):
                 now = time.monotonic()
                 early = {w: now - self._arrival.get(w, now) for w in event.members}
                 self._tell(NewVersion(event.version, early, self.bytes_up, self.bytes_down))
+                for worker in self._memories.keys() - self._members - self._subscribers.keys():
+                    del self._memories[worker]  # not before its last update has been read
 
     def _publish(self, event: Published) -> None:
         """Send a chunk to whom it is for; where some come first, to them, and to the others later."""
@@ -468,10 +476,11 @@ class TensorThread(threading.Thread):
     def _send_chunk(self, worker: str | None, event: Published) -> None:
         """Send a chunk to one worker, or to everybody: itself, or word of where in shared memory it is."""
         if worker is None:
-            if self._listeners[HERE]:
-                self._send_word(HERE, event, self._listeners[HERE])
-            if self._listeners[WIRE]:
-                self._send_data(WIRE, event, self._listeners[WIRE])
+            if self._memories:
+                self._send_word(HERE, event, len(self._memories))
+            others = self._members - self._memories.keys()
+            if others or not self._members:
+                self._send_data(WIRE, event, len(others))
         elif worker in self._memories and self._is_placed(event):
             self._send_word(self._topic_of(worker), event, 1)
         else:

@@ -69,6 +69,9 @@ class Assembly:
 
     Args:
         encoding: the run's compression of differences.
+
+    Attributes:
+        vectors: memory for models and updates.
     """
 
     def __init__(self, layout: Layout, encoding: Encoding | None = None) -> None:
@@ -76,7 +79,7 @@ class Assembly:
         self.incarnation = ""
         self.newest: Newest | None = None
         self._decoder = Decoder(encoding or Plain(), layout)
-        self._vectors = Vectors(layout.size)
+        self.vectors = Vectors(layout.size)
         self._region: Region | None = None
         self._partial: dict[int, _Partial] = {}
 
@@ -142,7 +145,7 @@ class Assembly:
     def _own(self, partial: _Partial, version: int) -> Vector:
         """The version in memory of our own, since not all of its chunks are in shared memory."""
         if partial.flat is None:
-            flat = partial.flat = self._vectors.take()
+            flat = partial.flat = self.vectors.take()
             partial.present = {i for i in partial.present if self._copy(flat, i, version)}
         return partial.flat
 
@@ -176,7 +179,7 @@ class Assembly:
         if incarnation != self.incarnation:
             self.incarnation, self._region = incarnation, None
             if self.newest is not None:  # nobody writes to the memory of the one before any more
-                self.newest = Newest(-1, self.newest.flat)
+                self.newest = Newest(-1, self.newest.flat) if self.newest.intact() else None
             self._partial.clear()
 
     def missing(self) -> tuple[int, list[int]]:

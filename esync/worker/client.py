@@ -91,6 +91,7 @@ class Worker:
         self._changed = self._link.shared.changed
         self._packer: Packer | None = None
         self._base: Any = None
+        self._basis: Newest | None = None  # the version that it is part of
         self._base_round = -1
         self._first_round = 0
         self._pushed: Any = None
@@ -246,7 +247,7 @@ class Worker:
         session = shared.session
         if session is None or self._packer is None:
             raise EsyncError("call start before step")
-        jax.block_until_ready(params)
+        _wait_for(params)
         with self._changed:
             if session.final is None:  # what was still running when the run ended does not count
                 session.finished(
@@ -332,8 +333,9 @@ class Worker:
             self._shared.phase = "sync"
         if not late:
             self._link.inbox.put(report)
-            update = self._packer.pack(params, stats, self._base)
-            self._link.inbox.put(Push(update, round, steps, session.samples))
+            update = self._packer.pack(params, stats, self._base, self._link.buffer())
+            if self._basis is None or self._basis.intact():  # else the round is over without us
+                self._push(Push(update, round, steps, session.samples))
         params, stats = self._next_model(params, stats, session)
         session.totals.sync_s += time.perf_counter() - began
         self._row(round, steps, session, report.loss, late)
@@ -351,11 +353,14 @@ class Worker:
         shared, packer = self._shared, self._packer
         assert packer is not None
         assert shared.assembly is not None
-        update = packer.pack(params, own, self._base)
-        self._pushed = packer.pack(params, stats)
+        update = packer.pack(params, own, self._base, self._link.buffer())
+        if self._pushed is None:
+            self._pushed = np.empty(packer.layout.size, np.float32)
+        packer.pack(params, stats, out=self._pushed)
+        overwritten = self._basis is not None and not self._basis.intact()
         with self._changed:
             round, steps, samples = session.round, session.step, session.samples
-            late = shared.assembly.version > round
+            late = overwritten or shared.assembly.version > round
             if not late:
                 report = session.synchronising(_finite(loss))
                 report.totals = self._wire_totals(session)
@@ -364,10 +369,16 @@ class Worker:
         if late:
             return self._synchronise(params, stats, loss, session)
         self._link.inbox.put(report)
-        self._link.inbox.put(Push(update, round, steps, samples))
+        self._push(Push(update, round, steps, samples))
         session.totals.sync_s += time.perf_counter() - began
         self._row(round, steps, session, report.loss, late)
         return params, stats
+
+    def _push(self, push: Push) -> None:
+        """Send an update. From now on what is asked for is its effect."""
+        with self._changed:
+            self._shared.update = push
+        self._link.inbox.put(push)
 
     def _merge(self, params: Tree, stats: Tree, session: Session) -> tuple[Tree, Tree]:
         """A round began while a step was running: add the progress since the push to its model."""
@@ -400,13 +411,13 @@ class Worker:
             update: deltas, then values. shape=(layout.size,); not to be written to until this returns.
 
         Returns:
-            The new global model, not to be written to, and as it is only until the next exchange; the last one if
-            the run is over.
+            The new global model, not to be written to, and as it is only until the next exchange (and only for a
+            worker that the barrier waits for); the last one if the run is over.
         """
         session = self._shared.session
         if session is None:
             raise EsyncError("call start before exchange")
-        self._link.inbox.put(Push(update, session.round, 1, self.config.batch_size))
+        self._push(Push(update, session.round, 1, self.config.batch_size))
         newest = self._await_model(session)
         assert newest is not None
         with self._changed:
@@ -444,10 +455,13 @@ class Worker:
             if newest.region is not None:
                 jax.block_until_ready(made)
             if newest.intact():
+                self._basis = newest
                 return newest.version, made
             log.info("version %d was overwritten while it was read", newest.version)
             with self._changed:
+                self._shared.awaiting = newest.version
                 self._wait(lambda: assembly.newest is not newest)  # noqa: B023
+                self._shared.awaiting = None
 
     def _final_model(self, params: Tree, stats: Tree, session: Session) -> tuple[Tree, Tree]:
         """The model with which the run ended, if it arrives soon; else the last one that did."""
@@ -621,6 +635,13 @@ class Worker:
             )
         for index in self.indices(arrays[-1] if labels is None else labels, batch_size):
             yield jax.tree_util.tree_map(lambda array: array[index], dataset)  # noqa: B023
+
+
+def _wait_for(params: Tree) -> None:
+    """Wait until a step is done, to time it. Its results are ready together: to look at each takes longer than all
+    else that `step` does."""
+    leaves = jax.tree_util.tree_leaves(params)
+    jax.block_until_ready((leaves[0], leaves[-1]))
 
 
 def _finite(loss: Any) -> float | None:

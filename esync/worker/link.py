@@ -43,7 +43,7 @@ from esync.messages import (
     Want,
     Welcome,
 )
-from esync.shared_memory import MODEL_SLOTS, UPDATE_SLOTS, Region, SharedMemoryError
+from esync.shared_memory import MODEL_SLOTS, UPDATE_SLOTS, WRITING, Region, SharedMemoryError
 from esync.tensors import Layout, Vector
 from esync.worker.assembly import Assembly
 from esync.worker.session import Session
@@ -184,8 +184,6 @@ class Link(threading.Thread):
 
     def _outbound(self, item: Message | Push | Layout) -> None:
         if isinstance(item, Push):
-            with self.shared.changed:
-                self.shared.update = item
             self.progress_at = time.monotonic()
             self._queue_update(item)
         elif isinstance(item, Layout):
@@ -226,7 +224,8 @@ class Link(threading.Thread):
             )
             part = item.flat[layout.chunks[i].start : layout.chunks[i].stop]
             if self._puts and self._memory is not None:
-                self._put(self._memory, i, part, item.round)
+                in_place = item.flat is self._memory.whole(0)
+                self._put(self._memory, i, part, item.round, in_place=in_place)
                 header.slot = 0
                 self._outgoing.append([messages.encode(header)])
             else:
@@ -236,11 +235,21 @@ class Link(threading.Thread):
                 self._outgoing.append([messages.encode(header), payload])
             self._flush()
 
-    def _put(self, memory: Region, chunk: int, part: Vector, round: int) -> None:
+    def _put(self, memory: Region, chunk: int, part: Vector, round: int, *, in_place: bool) -> None:
         """Put a chunk of an update where the parameter server reads it, unless it is there."""
         if memory.stamps[0, chunk] != round:
-            np.copyto(memory.begin(0, chunk), part)
+            if not in_place:
+                np.copyto(memory.begin(0, chunk), part)
             memory.finish(0, chunk, round)
+
+    def buffer(self) -> Vector:
+        """Where to put the next update, from any thread: memory that the parameter server reads, or of our own."""
+        memory, assembly = self._memory, self.shared.assembly
+        assert assembly is not None
+        if self._puts and memory is not None:
+            memory.stamps[:] = WRITING
+            return memory.whole(0)
+        return assembly.vectors.take()
 
     def _flush(self) -> None:
         """Send what the data socket takes; it says when it takes more."""
@@ -308,7 +317,8 @@ class Link(threading.Thread):
         self._push = transport.push(self._context, push)
         evaluator = self._join.role == "evaluator"
         own = f"{'e' if evaluator else 'w'}/{self._join.worker}/".encode()
-        self._listens_to = [] if evaluator else [WIRE]
+        # Before our own: when the server sees that, word of what lies in shared memory is heard already.
+        self._listens_to = [] if evaluator else [WIRE, HERE]
         self._sub = transport.sub(self._context, model, [*self._listens_to, own])
         self._poller.register(self._sub, zmq.POLLIN)
         self.progress_at = time.monotonic()
@@ -324,7 +334,12 @@ class Link(threading.Thread):
             return
         if message.code == NO_SHARED_MEMORY:
             log.info("the exchange goes over sockets: %s", message.text)
+            again = self._puts  # it had been mapped: offer it once more, with the next model
             self._share(None)
+            if again:
+                self._offered_to = ""
+            else:
+                self._listen_to(WIRE)
             return
         self._fail(ProtocolError(message.code, message.text))
 
@@ -337,14 +352,16 @@ class Link(threading.Thread):
             if len(frames) != (3 if message.slot < 0 else 2):
                 raise MessageError("bad-frames", "a model message has one payload or a slot")
             assert shared.assembly is not None
-            if frames[0].buffer == HERE:
+            if frames[0].buffer == HERE and self._puts:
                 self._listen_to(HERE)  # everything that came as WIRE before this is here
             self.progress_at = time.monotonic()
             self._meet(message.incarnation)
             payload = frames[2].buffer if message.slot < 0 else None
-            with shared.changed:
-                complete = shared.assembly.add(message, payload)
-                if complete:
+            complete = shared.assembly.add(
+                message, payload
+            )  # only this thread does; no lock for a copy
+            if complete:
+                with shared.changed:
                     self._begin_if_away()
                     shared.changed.notify_all()
             welcome = shared.welcome
@@ -396,7 +413,7 @@ class Link(threading.Thread):
         with self.shared.changed:
             self.shared.assembly.share(region)
         if self._listens_to:
-            self._listen_to(*([WIRE] if region is None else [WIRE, HERE]))
+            self._listen_to(WIRE, HERE)
 
     def _listen_to(self, *topics: bytes) -> None:
         """Subscribe to these broadcasts and no others; the new ones first, so that nothing is missed."""

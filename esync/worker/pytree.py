@@ -1,19 +1,20 @@
 """Between a pytree of arrays and the flat float32 vector that travels.
 
-Trees of JAX arrays are packed and unpacked on their device by compiled functions; trees of NumPy arrays in NumPy.
+Arrays in host memory, NumPy's and JAX's on a CPU, are read where they lie and copied once, into the vector or out of
+it; arrays on an accelerator are packed and unpacked there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from esync.errors import ModelError
-from esync.tensors import DELTA, VALUE, Layout, Vector, layout_of
+from esync.tensors import DELTA, VALUE, Layout, Leaf, Vector, layout_of
 
 Tree = Any
 
@@ -49,7 +50,10 @@ class Packer:
     """
 
     def __init__(
-        self, params: Tree, stats: Tree = None, as_value: Callable[[str], bool] = is_batch_norm
+        self,
+        params: Tree,
+        stats: Tree = None,
+        as_value: Callable[[str], bool] = is_batch_norm,
     ) -> None:
         leaves = []
         flat, treedef = jax.tree_util.tree_flatten_with_path((params, stats))
@@ -62,64 +66,36 @@ class Packer:
         self.layout: Layout = layout_of(leaves)
         # The layout puts deltas first; `_order[i]` is the tree's index of the layout's leaf i.
         self._order = sorted(range(len(leaves)), key=lambda i: leaves[i][0] != DELTA)
-        stats_leaves = [leaf.path.split("/")[0] == "stats" for leaf in self.layout.leaves]
-        self._trained = np.repeat(
-            np.array([not is_stats for is_stats in stats_leaves], np.float32),
-            [leaf.size for leaf in self.layout.leaves],
-        )
-        self._on_host = all(isinstance(array, (np.ndarray, np.generic)) for _, _, array in leaves)
-        self._device = None if self._on_host else _device_of(flat)
-        if self._on_host:
-            self._pack, self._unpack = self._pack_with(np), self._unpack_with(np)
-        else:
-            self._pack = jax.jit(self._pack_with(jnp))
-            self._unpack = jax.jit(self._unpack_with(jnp))
+        arrays = [array for _, _, array in leaves]
+        self._numpy = all(isinstance(array, (np.ndarray, np.generic)) for array in arrays)
+        self._device = None if self._numpy else _device_of(arrays)
+        self._exact = all(leaf.dtype == "float32" for leaf in self.layout.leaves)
+        in_host_memory = self._device is None or self._device.platform == "cpu"
+        self._packing: _Packing = (_InHostMemory if in_host_memory else _OnDevice)(self)
 
-    def _pack_with(self, xp: Any) -> Callable[[list[Any], Any], Any]:
-        order = self._order
+    def places(self) -> Iterator[tuple[int, Leaf, slice]]:
+        """(index in the tree, leaf, where it stands in the vector), in the layout's order."""
+        at = 0
+        for i, leaf in zip(self._order, self.layout.leaves, strict=True):
+            yield i, leaf, slice(at, at + leaf.size)
+            at += leaf.size
 
-        def pack(leaves: list[Any], base: Any) -> Any:
-            parts = [xp.ravel(xp.asarray(leaves[i])).astype(xp.float32) for i in order]
-            return xp.concatenate(parts) - base
-
-        return pack
-
-    def _unpack_with(self, xp: Any) -> Callable[[Any], tuple[list[Any], Any]]:
-        order, layout = self._order, self.layout
-        pack = self._pack_with(xp)
-
-        def unpack(flat: Any) -> tuple[list[Any], Any]:
-            leaves: list[Any] = [None] * len(order)
-            at = 0
-            for i, leaf in zip(order, layout.leaves, strict=True):
-                part = flat[at : at + leaf.size].reshape(leaf.shape)
-                leaves[i] = xp.array(part, dtype=leaf.dtype)
-                at += leaf.size
-            # From the leaves, not from `flat`: what rounding to their dtype loses is no progress of this worker.
-            held = pack(leaves, xp.float32(0))
-            base = xp.where(xp.arange(layout.size) < layout.deltas, held, xp.float32(0))
-            return leaves, base
-
-        return unpack
-
-    def pack(self, params: Tree, stats: Tree = None, base: Any = 0.0) -> Vector:
-        """The tree as a vector, less `base`. shape=(layout.size,); the result is not to be written to."""
+    def pack(
+        self, params: Tree, stats: Tree = None, base: Any = None, out: Vector | None = None
+    ) -> Vector:
+        """The tree as a vector, deltas less `base`. shape=(layout.size,); not to be written to. `out`: where to put
+        it."""
         leaves, treedef = jax.tree_util.tree_flatten((params, stats))
         if treedef != self._treedef:
             raise ModelError(
                 f"the tree given to step is not the one given to start: {treedef} instead of {self._treedef}"
             )
-        if self._on_host:
-            return np.asarray(
-                self._pack(leaves, np.float32(0) if base is None else base), np.float32
-            )
-        return np.asarray(self._pack(leaves, jnp.asarray(base, jnp.float32)))
+        return self._packing.pack(leaves, base, out)
 
     def unpack(self, flat: Vector) -> tuple[Tree, Tree, Any]:
-        """(params, stats, base) of a model: `base` is what `pack` subtracts to make its next update, zero where
-        values are averaged. `flat` must not be written to afterwards."""
-        x = flat if self._on_host else jax.device_put(flat, self._device)
-        leaves, base = self._unpack(x)
+        """(params, stats, base) of a model: `base` is what `pack` subtracts to make its next update; it may be `flat`
+        itself. The trees share no memory with it."""
+        leaves, base = self._packing.unpack(flat)
         params, stats = jax.tree_util.tree_unflatten(self._treedef, leaves)
         return params, stats, base
 
@@ -130,13 +106,94 @@ class Packer:
 
         Statistics are the new model's: a difference of two variances is not one.
         """
-        progress = self.pack(params, stats) - pushed
-        params, stats, _ = self.unpack(flat + progress * self._trained)
-        return params, stats, self.unpack(flat)[2]
+        sum_ = self.pack(params, stats).copy()
+        sum_ -= pushed
+        for _, leaf, place in self.places():
+            if leaf.path.split("/")[0] == "stats":
+                sum_[place] = 0.0
+        sum_ += flat
+        params, stats, base = self.unpack(sum_)
+        return params, stats, self._packing.unpack(flat)[1] if base is not sum_ else flat
 
 
-def _device_of(flat: list[tuple[Any, Any]]) -> Any:
-    for _, array in flat:
+class _Packing(Protocol):
+    def __init__(self, packer: Packer) -> None: ...
+
+    def pack(self, leaves: list[Any], base: Any, out: Vector | None) -> Vector: ...
+
+    def unpack(self, flat: Vector) -> tuple[list[Any], Any]: ...
+
+
+class _InHostMemory:
+    """Reads the arrays where they lie, and copies once."""
+
+    def __init__(self, packer: Packer) -> None:
+        self._packer = packer
+
+    def pack(self, leaves: list[Any], base: Any, out: Vector | None) -> Vector:
+        flat = np.empty(self._packer.layout.size, np.float32) if out is None else out
+        for i, leaf, place in self._packer.places():
+            array = np.asarray(leaves[i]).reshape(-1)  # of a JAX array on a CPU: a view
+            if base is None or leaf.kind != DELTA:
+                flat[place] = array
+            elif array.dtype == np.float32:
+                np.subtract(array, base[place], out=flat[place])
+            else:
+                np.subtract(array.astype(np.float32), base[place], out=flat[place])
+        return flat
+
+    def unpack(self, flat: Vector) -> tuple[list[Any], Any]:
+        packer = self._packer
+        leaves: list[Any] = [None] * len(packer.layout.leaves)
+        # What rounding to a leaf's dtype loses is no progress of this worker.
+        base = flat if packer._exact else flat.copy()
+        for i, leaf, place in packer.places():
+            part = flat[place].reshape(leaf.shape)
+            if packer._numpy:
+                leaves[i] = np.array(part, dtype=leaf.dtype)
+            else:
+                leaves[i] = jnp.array(part, dtype=leaf.dtype, device=packer._device)
+            if leaf.dtype != "float32":
+                base[place] = np.asarray(leaves[i]).reshape(-1)
+        return leaves, base
+
+
+class _OnDevice:
+    """Packs and unpacks where the arrays are, with compiled functions: one transfer each way."""
+
+    def __init__(self, packer: Packer) -> None:
+        self._packer = packer
+        self._pack, self._unpack = jax.jit(self._packed), jax.jit(self._unpacked)
+
+    def pack(self, leaves: list[Any], base: Any, out: Vector | None) -> Vector:
+        flat = np.asarray(self._pack(leaves, jnp.float32(0) if base is None else base))
+        if out is None:
+            return flat
+        out[:] = flat
+        return out
+
+    def unpack(self, flat: Vector) -> tuple[list[Any], Any]:
+        leaves, base = self._unpack(jax.device_put(flat, self._packer._device))
+        return leaves, base
+
+    def _packed(self, leaves: list[Any], base: Any) -> Any:
+        order = self._packer._order
+        parts = [jnp.ravel(jnp.asarray(leaves[i])).astype(jnp.float32) for i in order]
+        return jnp.concatenate(parts) - base
+
+    def _unpacked(self, flat: Any) -> tuple[list[Any], Any]:
+        layout = self._packer.layout
+        leaves: list[Any] = [None] * len(layout.leaves)
+        for i, leaf, place in self._packer.places():
+            leaves[i] = jnp.array(flat[place].reshape(leaf.shape), dtype=leaf.dtype)
+        # From the leaves, not from `flat`: what rounding to their dtype loses is no progress of this worker.
+        held = self._packed(leaves, jnp.float32(0))
+        base = jnp.where(jnp.arange(layout.size) < layout.deltas, held, jnp.float32(0))
+        return leaves, base
+
+
+def _device_of(arrays: list[Any]) -> Any:
+    for array in arrays:
         if isinstance(array, jax.Array):
             return next(iter(array.devices()))
     return None
