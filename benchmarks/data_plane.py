@@ -170,9 +170,9 @@ def esync_worker(pipe: Connection, state: str, rank: int, elements: int, rounds:
         pipe.recv()
         ends = []
         for _ in range(rounds + WARM_UP + 1):
-            flat = worker.exchange(update)
+            parts = worker.exchange(update)
             ends.append(time.perf_counter())
-        pipe.send((ends, float(flat[0]), worker.totals.to_wire()))
+        pipe.send((ends, float(parts[0][0]), worker.totals.to_wire()))
         pipe.recv()
 
 

@@ -37,6 +37,8 @@ UPDATE_SLOTS = 1
 """Of a worker's memory: an update is not touched until the next round."""
 PAGE = 4096
 TOKEN_BYTES = 16
+ODD = 4
+"""Vectors begin so many bytes off a page: JAX copies what is not aligned at once, but would keep what is."""
 
 
 class SharedMemoryError(EsyncError):
@@ -67,7 +69,7 @@ class Region:
         ).reshape(slots, count)
         start, size = _starts(layout, slots)
         self._slots = [
-            np.frombuffer(memory, np.float32, layout.size, start + slot * size)
+            np.frombuffer(memory, np.float32, layout.size, start + slot * size + ODD)
             for slot in range(slots)
         ]
 
@@ -155,7 +157,7 @@ class Region:
 def _starts(layout: Layout, slots: int) -> tuple[int, int]:
     """Where the first slot begins, and how long a slot is, in bytes."""
     stamps = slots * len(layout.chunks) * ctypes.sizeof(ctypes.c_int64)
-    return PAGE + _pages(stamps), _pages(layout.size * 4)
+    return PAGE + _pages(stamps), _pages(layout.size * 4 + ODD)
 
 
 def _bytes(layout: Layout, slots: int) -> int:

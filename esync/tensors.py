@@ -18,8 +18,8 @@ import numpy as np
 from esync.errors import ModelError
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
-CHUNK_ELEMENTS = 1 << 18
-"""Elements in a chunk: 1 MiB of float32."""
+CHUNK_ELEMENTS = 1 << 19
+"""Elements in a chunk: 2 MiB of float32."""
 MAX_ELEMENTS = 1 << 40
 
 DELTA = "delta"

@@ -28,9 +28,11 @@ STATE, NAME, RANK = "ESYNC_STATE", "ESYNC_NAME", "ESYNC_RANK"
 MAX_CONTROL_BYTES = 4 << 20
 """Largest frame on the control channel."""
 MAX_CHUNK_BYTES = 4 << 20
-"""Largest frame on the data channel; chunks are at most 1 MiB."""
-CHUNKS_IN_FLIGHT = 4
-"""Chunks of one worker's update that wait at either end of its connection: more take memory and bring nothing."""
+"""Largest frame on the data channel; chunks are at most 2 MiB."""
+CHUNKS_RECEIVED = 2
+"""Chunks of each worker that wait at the parameter server to be looked at: they are what its memory grows by."""
+CHUNKS_SENT = 64
+"""Chunks of an update that wait at the worker to be sent: they are part of the update, and take no memory."""
 LINGER_MS = 2000
 
 
@@ -191,14 +193,14 @@ def _heartbeats(socket: zmq.Socket[bytes]) -> None:
 def pull(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
     """Where updates arrive. The high-water mark counts chunks, and so bounds memory."""
     socket = _socket_of(context, zmq.PULL, MAX_CHUNK_BYTES)
-    socket.setsockopt(zmq.RCVHWM, CHUNKS_IN_FLIGHT)
+    socket.setsockopt(zmq.RCVHWM, CHUNKS_RECEIVED)
     return socket
 
 
 def push(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[bytes]:
     """Where a worker's updates leave."""
     socket = _socket_of(context, zmq.PUSH, MAX_CHUNK_BYTES)
-    socket.setsockopt(zmq.SNDHWM, CHUNKS_IN_FLIGHT)
+    socket.setsockopt(zmq.SNDHWM, CHUNKS_SENT)
     return _connect(socket, endpoint)
 
 

@@ -103,7 +103,7 @@ def accuracy() -> Callable[[Any], float]:
     packer = Packer(model.params, model.stats)
 
     def accuracy_of(flat: Any) -> float:
-        params, stats, _ = packer.unpack(flat)
+        params, stats, _ = packer.unpack([flat])
         return step.test_accuracy(model, params, stats, (digits.test_images, digits.test_labels))[0]
 
     assert accuracy_of(packer.pack(model.params, model.stats)) < 0.25

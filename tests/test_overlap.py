@@ -63,7 +63,7 @@ class Trainer:
 
     def _look(self, worker: Worker) -> None:
         if worker._base is not None:
-            self.models.setdefault(worker._base_round, worker._base[: START.size].copy())
+            self.models.setdefault(worker._base_round, np.concatenate(worker._base)[: START.size])
 
 
 def expected_models(trainers: list[Trainer], versions: int) -> list[Any]:
@@ -432,12 +432,12 @@ def test_the_merge_is_the_new_model_and_the_progress_since_the_push() -> None:
 
     pushed, now, model = tree(), tree(), tree()
     packer = Packer(*pushed)
-    params, stats, base = packer.merge(packer.pack(*model), *now, packer.pack(*pushed))
+    params, stats, base = packer.merge([packer.pack(*model)], *now, packer.pack(*pushed))
     for layer, leaf in (("BatchNorm_0", "scale"), ("Dense_0", "kernel")):
         progress = now[0][layer][leaf] - pushed[0][layer][leaf]
         np.testing.assert_allclose(params[layer][leaf], model[0][layer][leaf] + progress, rtol=1e-6)
     np.testing.assert_array_equal(stats["batch_stats"]["mean"], model[1]["batch_stats"]["mean"])
-    update_params, update_stats, _ = packer.unpack(packer.pack(params, stats, base))
+    update_params, update_stats, _ = packer.unpack([packer.pack(params, stats, base)])
     progress = now[0]["Dense_0"]["kernel"] - pushed[0]["Dense_0"]["kernel"]
     np.testing.assert_allclose(update_params["Dense_0"]["kernel"], progress, atol=1e-6)
     scale, mean = params["BatchNorm_0"]["scale"], model[1]["batch_stats"]["mean"]

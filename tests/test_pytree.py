@@ -74,7 +74,7 @@ def test_the_vector_has_the_leaves_in_the_layout_s_order(place):
 def test_unpacking_gives_the_tree_back_in_its_own_shapes_and_types(place):
     params, stats = place(PARAMS), place(STATS)
     packer = Packer(params, stats)
-    got_params, got_stats, _ = packer.unpack(packer.pack(params, stats))
+    got_params, got_stats, _ = packer.unpack([packer.pack(params, stats)])
     for got, expected in ((got_params, params), (got_stats, stats)):
         assert jax.tree.structure(got) == jax.tree.structure(expected)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -86,14 +86,14 @@ def test_unpacking_gives_the_tree_back_in_its_own_shapes_and_types(place):
 def test_packing_what_was_unpacked_gives_the_vector_back(place):
     packer = Packer(place(PARAMS), place(STATS))
     flat = np.random.default_rng(0).normal(size=packer.layout.size).astype(np.float32)
-    params, stats, _ = packer.unpack(flat)
+    params, stats, _ = packer.unpack([flat])
     np.testing.assert_array_equal(packer.pack(params, stats), flat)
 
 
 def test_an_update_is_local_less_global_for_deltas_and_local_for_values(place):
     packer = Packer(place(PARAMS), place(STATS))
     start = np.arange(packer.layout.size, dtype=np.float32)
-    params, stats, base = packer.unpack(start)
+    params, stats, base = packer.unpack([start])
     moved_params = jax.tree.map(lambda x: (x + 0.5).astype(x.dtype), params)
     moved_stats = jax.tree.map(lambda x: (x * 2).astype(x.dtype), stats)
     update = packer.pack(moved_params, moved_stats, base)
@@ -114,7 +114,7 @@ def test_bfloat16_travels_as_float32_and_comes_back_as_bfloat16(place):
     }
     flat = packer.pack(params)
     assert flat.dtype == np.float32
-    got, stats, _ = packer.unpack(flat)
+    got, stats, _ = packer.unpack([flat])
     assert stats is None
     assert got["w"].dtype == jnp.bfloat16
     assert got["b"].dtype == np.float16
@@ -126,7 +126,7 @@ def test_bfloat16_travels_as_float32_and_comes_back_as_bfloat16(place):
 def test_the_update_of_an_untouched_bfloat16_leaf_is_no_more_than_its_rounding(place):
     params = place({"w": jnp.zeros(3, jnp.bfloat16)})
     packer = Packer(params)
-    unpacked, _, base = packer.unpack(np.full(3, 1 / 3, np.float32))
+    unpacked, _, base = packer.unpack([np.full(3, 1 / 3, np.float32)])
     update = packer.pack(unpacked, None, base)
     assert np.abs(update).max() <= 1 / 3 / 256
 
@@ -153,7 +153,7 @@ def test_a_single_array_and_odd_trees_are_trees_too(place):
         Pair(np.ones(1, np.float32), {"x": np.zeros((), np.float32)}),
     ):
         packer = Packer(place(params))
-        got, _, _ = packer.unpack(packer.pack(place(params)))
+        got, _, _ = packer.unpack([packer.pack(place(params))])
         assert jax.tree.structure(got) == jax.tree.structure(place(params))
     paths = [x.path for x in Packer(place(Pair(np.ones(1), [np.ones(2)]))).layout.leaves]
     assert paths == ["params/first", "params/second/0"]
@@ -175,17 +175,31 @@ def test_another_tree_than_the_packer_s_is_refused(place):
 def test_an_unpacked_tree_shares_no_memory_with_the_model(place, size):
     packer = Packer(place({"w": np.zeros(size, np.float32)}))
     flat = np.ones(packer.layout.size, np.float32)
-    params, _, _ = packer.unpack(flat)
+    params, _, _ = packer.unpack([flat])
     jax.block_until_ready(params)
     assert not np.shares_memory(np.asarray(params["w"]), flat)
     flat[:] = 5
     assert (np.asarray(params["w"]) == 1).all()
 
 
+def test_a_model_in_pieces_is_the_same_as_in_one(place):
+    packer = Packer(place(PARAMS), place(STATS))
+    flat = np.arange(packer.layout.size, dtype=np.float32)
+    whole = packer.unpack([flat])
+    for cuts in ([1], [3, 4], list(range(1, flat.size))):
+        parts = np.split(flat, cuts)
+        params, stats, base = packer.unpack(parts)
+        for a, b in zip(jax.tree.leaves((params, stats)), jax.tree.leaves(whole[:2]), strict=True):
+            np.testing.assert_array_equal(a, b)
+        moved = jax.tree.map(lambda x: (x + 1).astype(x.dtype), params)
+        update = packer.pack(moved, stats, base)
+        np.testing.assert_array_equal(update[: packer.layout.deltas], 1)
+
+
 def test_an_update_is_put_where_it_is_wanted(place):
     packer = Packer(place(PARAMS), place(STATS))
     out = np.zeros(packer.layout.size, np.float32)
-    params, stats, base = packer.unpack(np.arange(packer.layout.size, dtype=np.float32))
+    params, stats, base = packer.unpack([np.arange(packer.layout.size, dtype=np.float32)])
     packed = packer.pack(params, stats, base, out)
     assert packed is out
     np.testing.assert_array_equal(out, packer.pack(params, stats, base))
@@ -196,9 +210,9 @@ def test_merging_adds_the_progress_since_the_push_but_not_to_statistics(place):
     packer = Packer(place(PARAMS), place(STATS))
     size = packer.layout.size
     pushed = np.arange(size, dtype=np.float32)
-    now, stats, _ = packer.unpack(pushed + np.float32(0.5))
+    now, stats, _ = packer.unpack([pushed + np.float32(0.5)])
     model = np.full(size, 100, np.float32)
-    params, stats, base = packer.merge(model, now, stats, pushed)
+    params, stats, base = packer.merge([model[:5], model[5:]], now, stats, pushed)
     merged = packer.pack(params, stats)
     np.testing.assert_array_equal(merged[:11], 100.5)
     np.testing.assert_array_equal(merged[11:], 100)

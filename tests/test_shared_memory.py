@@ -195,7 +195,7 @@ def test_a_version_in_shared_memory_is_read_where_it_lies(layout):
     newest = it.assembly.newest
     assert newest.region is not None
     assert newest.intact()
-    np.testing.assert_array_equal(newest.flat, vector(4))
+    np.testing.assert_array_equal(np.concatenate(newest.parts), vector(4))
     it.write(6, [2])
     assert not newest.intact()
 
@@ -207,21 +207,26 @@ def test_a_version_that_comes_both_ways_is_put_together(layout, first):
     for i in range(len(layout.chunks)):
         it.add(4, i, wire=(i % 2 == 0) == (first == "wire"))
     assert it.assembly.version == 4
-    assert it.assembly.newest.region is None
     np.testing.assert_array_equal(it.assembly.flat, vector(4))
+    shared = [i for i in range(len(layout.chunks)) if (i % 2 == 0) != (first == "wire")]
+    it.write(6, [i for i in range(len(layout.chunks)) if i not in shared])
+    assert it.assembly.newest.intact()
+    it.write(6, shared[:1])
+    assert not it.assembly.newest.intact()
 
 
-def test_a_chunk_that_was_overwritten_before_it_was_copied_is_still_missing(layout):
+def test_chunks_of_a_memory_that_is_not_used_any_more_are_missing(layout):
     it = Receiver(layout)
     it.write(4)
     it.add(4, 0)
-    it.add(4, 1)
-    it.write(6, [1])
-    it.add(4, 2, wire=True)
-    version, missing = it.assembly.missing()
-    assert version == 4
-    assert 1 in missing
-    assert not {0, 2} & set(missing)
+    it.add(4, 1, wire=True)
+    it.assembly.share(None)
+    assert it.assembly.missing() == (4, [i for i in range(len(layout.chunks)) if i != 1])
+    assert not it.add(4, 0), "word of memory that is not known"
+    for i in range(len(layout.chunks)):
+        it.add(4, i, wire=True)
+    assert it.assembly.newest.region is None
+    np.testing.assert_array_equal(it.assembly.flat, vector(4))
 
 
 # Real runs

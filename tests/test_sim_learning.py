@@ -152,7 +152,7 @@ def test_a_worker_goes_on_where_its_batches_and_its_optimiser_were(dense):
         trainee.adopt([base])
         trainee.train(3, 1.0)
         update, _ = trainee.push(go_on=False).result()
-        params = after(step, 3, dense.packer.unpack(base)[0])
+        params = after(step, 3, dense.packer.unpack([base])[0])
     close(update, flat(dense, params) - dense.initial() / 2)
 
 
@@ -166,7 +166,7 @@ def test_a_round_that_ended_without_a_worker_was_trained_all_the_same(dense):
     trainee.train(1, 1.0)
     update, _ = trainee.push(go_on=False).result()
     after(step, 2, dense.model.params)
-    params = step(dense.packer.unpack(dense.initial() / 2)[0])
+    params = step(dense.packer.unpack([dense.initial() / 2])[0])
     close(update, flat(dense, params) - dense.initial() / 2)
 
 
@@ -189,7 +189,7 @@ def test_a_merge_adds_the_progress_since_the_push_to_the_new_model(dense):
     at_push = flat(dense, params)
     now = flat(dense, after(step, 3, params))
     merged = new + (now - at_push)
-    local = flat(dense, step(dense.packer.unpack(merged)[0]))
+    local = flat(dense, step(dense.packer.unpack([merged])[0]))
     close(first.result()[0], at_push - start)
     close(second.result()[0], local - new)
 
@@ -208,7 +208,7 @@ def counting_learner():
 
     def unpacked(chunks):
         taken_up.append(chunks[0].tolist())
-        return packer.unpack(np.concatenate(chunks))
+        return packer.unpack(chunks)
 
     taken_up, began_at = [], []
     packer = Packer({"w": np.zeros(1, np.float32)}, {"m": np.zeros(1, np.float32)})

@@ -130,4 +130,4 @@ def test_a_worker_is_pulled_towards_the_model_with_which_its_round_began(mu: flo
         anchor = params
         for _ in range(3):
             params = by_hand(params, anchor, next(batches), mu)
-    assert_close(Packer(model.params, model.stats).unpack(final)[0], params)
+    assert_close(Packer(model.params, model.stats).unpack([final])[0], params)

@@ -97,7 +97,7 @@ class Learner:
                 if len(self._unpacked) >= KEPT_MODELS:
                     del self._unpacked[next(iter(self._unpacked))]
                 # With the chunks, so that their ids stay theirs.
-                self._unpacked[key] = chunks, self.packer.unpack(np.concatenate(chunks))
+                self._unpacked[key] = chunks, self.packer.unpack(chunks)
             return self._unpacked[key][1]
 
     def narrow(self, width: float) -> tuple[Classifier, Callable[..., Any]]:
@@ -257,7 +257,7 @@ class LearningTrainee:
     def _merge(self, chunks: Chunks) -> None:
         self._own_stats = self._stats
         self._params, self._stats, self._base = self._learner.packer.merge(
-            np.concatenate(chunks), self._params, self._stats, self._pushed
+            chunks, self._params, self._stats, self._pushed
         )
         self._anchor = self._params
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,26 +19,22 @@ class Newest:
     """A complete version.
 
     Attributes:
-        flat: the model, not to be written to; in shared memory the server's own, which will be overwritten.
-        region, slot: the shared memory in which it lies.
+        parts: its chunks, where they arrived; not to be written to. Those in shared memory are the server's own,
+            which will be overwritten.
+        region, slot: the shared memory in which some of them lie: those in `shared`. shape=(chunks,), dtype=bool
     """
 
     version: int
-    flat: Vector
+    parts: tuple[Vector, ...]
     region: Region | None = None
     slot: int = -1
+    shared: np.ndarray[Any, np.dtype[np.bool_]] | None = None
 
     def intact(self) -> bool:
-        """Whether what was read of `flat` until now is this version."""
-        return self.region is None or self.region.holds(self.slot, self.version)
-
-
-@dataclass(slots=True)
-class _Partial:
-    """A version of which chunks are missing; `flat` is None as long as all of the others lie in shared memory."""
-
-    flat: Vector | None = None
-    present: set[int] = field(default_factory=set)
+        """Whether what was read of `parts` until now is this version."""
+        if self.region is None:
+            return True
+        return bool((self.region.stamps[self.slot][self.shared] == self.version).all())
 
 
 class Vectors:
@@ -62,8 +59,9 @@ class Vectors:
 class Assembly:
     """Collects chunks; `newest` is the latest complete model (None before the first).
 
-    A chunk may come as the difference from an earlier version; where that is not the latest complete one here, the
-    chunk is passed over, and asked for again with the others that are missing.
+    Nothing is copied: a chunk stays in the message with which it came, or in the memory that the server shares. It may
+    come as the difference from an earlier version; where that is not the latest complete one here, it is passed over,
+    and asked for again with the others that are missing.
 
     Another incarnation of the parameter server counts its versions afresh, and so does this.
 
@@ -71,17 +69,18 @@ class Assembly:
         encoding: the run's compression of differences.
 
     Attributes:
-        vectors: memory for models and updates.
+        vectors: memory for updates.
     """
 
     def __init__(self, layout: Layout, encoding: Encoding | None = None) -> None:
         self.layout = layout
         self.incarnation = ""
         self.newest: Newest | None = None
-        self._decoder = Decoder(encoding or Plain(), layout)
         self.vectors = Vectors(layout.size)
+        self._decoder = Decoder(encoding or Plain(), layout)
         self._region: Region | None = None
-        self._partial: dict[int, _Partial] = {}
+        self._partial: dict[int, list[Vector | None]] = {}
+        self._shared: dict[int, set[int]] = {}  # of those, which are in shared memory
 
     @property
     def version(self) -> int:
@@ -90,12 +89,16 @@ class Assembly:
 
     @property
     def flat(self) -> Vector | None:
-        """That version's model."""
-        return None if self.newest is None else self.newest.flat
+        """A copy of that version's model in one piece."""
+        return None if self.newest is None else np.concatenate(self.newest.parts)
 
     def share(self, region: Region | None) -> None:
         """Where chunks without a payload lie from now on."""
         self._region = region
+        for version, shared in self._shared.items():  # and not where they lay before
+            for chunk in shared:
+                self._partial[version][chunk] = None
+        self._shared.clear()
 
     def add(self, header: Model, payload: memoryview | None) -> bool:
         """Take one chunk; True if it completed a version newer than any before.
@@ -109,69 +112,46 @@ class Assembly:
                 f"the server's model has the digest {header.digest:.32}, this one {self.layout.digest}",
             )
         if payload is None:
-            return self._add_shared(header)
-        part = self._decoder.decode(header.encoding, header.chunk, payload)
+            slot = header.version % MODEL_SLOTS
+            if not 0 <= header.chunk < len(self.layout.chunks) or header.slot != slot:
+                raise MessageError(
+                    "bad-chunk", f"there is no chunk {header.chunk} in slot {header.slot}"
+                )
+            part = None
+        else:
+            part = self._decoder.decode(header.encoding, header.chunk, payload)
         self.served_by(header.incarnation)
         if header.version <= self.version or header.base not in (-1, self.version):
             return False
-        before = self.newest
-        if header.base >= 0 and (before is None or before.region is not None):
-            return False  # it may be overwritten while it is read
-        partial = self._partial.setdefault(header.version, _Partial())
-        flat = self._own(partial, header.version)
-        chunk = self.layout.chunks[header.chunk]
-        own = slice(chunk.start, chunk.stop)
-        if header.base >= 0 and before is not None:
-            np.add(before.flat[own], part, out=flat[own])
+        if part is None and self._region is not None:
+            part = self._region.chunk(header.slot, header.chunk)
+            self._shared.setdefault(header.version, set()).add(header.chunk)
+        elif header.base >= 0 and self.newest is not None and part is not None:
+            if self.newest.region is not None:
+                return False  # it may be overwritten while it is read
+            part = self.newest.parts[header.chunk] + part
+        if part is None:
+            return False
+        parts = self._partial.setdefault(header.version, [None] * len(self.layout.chunks))
+        if payload is not None:
+            self._shared.get(header.version, set()).discard(header.chunk)
+        parts[header.chunk] = part
+        return self._complete(header.version, [x for x in parts if x is not None])
+
+    def _complete(self, version: int, parts: list[Vector]) -> bool:
+        """Whether these are all chunks of a version; then it is the newest."""
+        if len(parts) < len(self.layout.chunks):
+            return False
+        shared = self._shared.get(version)
+        if shared:
+            mask = np.isin(np.arange(len(parts)), list(shared))
+            slot = version % MODEL_SLOTS
+            self.newest = Newest(version, tuple(parts), self._region, slot, mask)
         else:
-            flat[own] = part
-        return self._present(header)
-
-    def _add_shared(self, header: Model) -> bool:
-        """A chunk that lies in shared memory."""
-        slot = header.version % MODEL_SLOTS
-        if not 0 <= header.chunk < len(self.layout.chunks) or header.slot != slot:
-            raise MessageError(
-                "bad-chunk", f"there is no chunk {header.chunk} in slot {header.slot}"
-            )
-        self.served_by(header.incarnation)
-        if self._region is None or header.version <= self.version:
-            return False
-        partial = self._partial.setdefault(header.version, _Partial())
-        if partial.flat is not None and not self._copy(partial.flat, header.chunk, header.version):
-            return False
-        return self._present(header)
-
-    def _own(self, partial: _Partial, version: int) -> Vector:
-        """The version in memory of our own, since not all of its chunks are in shared memory."""
-        if partial.flat is None:
-            flat = partial.flat = self.vectors.take()
-            partial.present = {i for i in partial.present if self._copy(flat, i, version)}
-        return partial.flat
-
-    def _copy(self, flat: Vector, chunk: int, version: int) -> bool:
-        """Copy a chunk out of shared memory; False if it is not this version's any more."""
-        region, slot, at = self._region, version % MODEL_SLOTS, self.layout.chunks[chunk]
-        if region is None or region.stamps[slot, chunk] != version:
-            return False
-        flat[at.start : at.stop] = region.chunk(slot, chunk)
-        return bool(region.stamps[slot, chunk] == version)
-
-    def _present(self, header: Model) -> bool:
-        """A chunk is there; True if it was the last one."""
-        partial, version = self._partial[header.version], header.version
-        partial.present.add(header.chunk)
-        if len(partial.present) < len(self.layout.chunks):
-            return False
-        if partial.flat is not None:
-            self.newest = Newest(version, partial.flat)
-        else:
-            assert self._region is not None
-            self.newest = Newest(
-                version, self._region.whole(header.slot), self._region, header.slot
-            )
+            self.newest = Newest(version, tuple(parts))
         for old in [v for v in self._partial if v <= version]:
             del self._partial[old]
+            self._shared.pop(old, None)
         return True
 
     def served_by(self, incarnation: str) -> None:
@@ -179,13 +159,13 @@ class Assembly:
         if incarnation != self.incarnation:
             self.incarnation, self._region = incarnation, None
             if self.newest is not None:  # nobody writes to the memory of the one before any more
-                self.newest = Newest(-1, self.newest.flat) if self.newest.intact() else None
+                self.newest = Newest(-1, self.newest.parts) if self.newest.intact() else None
             self._partial.clear()
+            self._shared.clear()
 
     def missing(self) -> tuple[int, list[int]]:
         """The newest incomplete version and the chunks that it lacks; (-1, []) if nothing is incomplete."""
         if not self._partial:
             return -1, []
         version = max(self._partial)
-        present = self._partial[version].present
-        return version, [i for i in range(len(self.layout.chunks)) if i not in present]
+        return version, [i for i, part in enumerate(self._partial[version]) if part is None]

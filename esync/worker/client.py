@@ -32,7 +32,7 @@ from esync.messages import INITIAL, Fetch, Join, Report
 from esync.tensors import Vector
 from esync.worker.assembly import Assembly, Newest
 from esync.worker.link import RETRY_S, Link, Push
-from esync.worker.pytree import Packer, Tree, is_batch_norm
+from esync.worker.pytree import Packer, Parts, Tree, is_batch_norm
 from esync.worker.session import Action, Session, Totals
 
 log = logging.getLogger("esync.worker")
@@ -209,7 +209,7 @@ class Worker:
         self._packer = Packer(params, stats, as_value)
         initial = self._packer.pack(params, stats)
         # Once through everything that a round needs, so that it is compiled before the run starts.
-        self._packer.pack(*self._packer.unpack(initial))
+        self._packer.pack(*self._packer.unpack([initial]))
         if not np.isfinite(initial).all():
             raise ModelError("the initial model holds NaN or infinity")
         layout, encoding = self._packer.layout, self.config.encoding
@@ -386,7 +386,7 @@ class Worker:
         packer = self._packer
         assert packer is not None
         _, (params, stats, self._base) = self._read(
-            lambda flat: packer.merge(flat, params, stats, self._pushed)
+            lambda parts: packer.merge(parts, params, stats, self._pushed)
         )
         self._base_round = session.round
         session.totals.sync_s += time.perf_counter() - began
@@ -402,7 +402,7 @@ class Worker:
             shared.awaiting = None
             return assembly.newest
 
-    def exchange(self, update: Vector) -> Vector:
+    def exchange(self, update: Vector) -> Parts:
         """Synchronise a vector at once: what `step` does when it is told to, without a tree and without a policy.
 
         For measurements, and for a model that is one vector anyway, after `start`.
@@ -411,8 +411,8 @@ class Worker:
             update: deltas, then values. shape=(layout.size,); not to be written to until this returns.
 
         Returns:
-            The new global model, not to be written to, and as it is only until the next exchange (and only for a
-            worker that the barrier waits for); the last one if the run is over.
+            The new global model in pieces, where they arrived: not to be written to, and as they are only until the
+            next exchange (and only for a worker that the barrier waits for). The last one if the run is over.
         """
         session = self._shared.session
         if session is None:
@@ -426,7 +426,7 @@ class Worker:
                 self._base_round = newest.version
             else:
                 self._ended = True
-        return newest.flat
+        return newest.parts
 
     def _next_model(self, params: Tree, stats: Tree, session: Session) -> tuple[Tree, Tree]:
         """Wait for a model newer than this round's, and begin its round."""
@@ -444,14 +444,14 @@ class Worker:
                 self._link.inbox.put(session.query())
         return params, None if stats is None else new_stats
 
-    def _read(self, make: Callable[[Vector], Any]) -> tuple[int, Any]:
+    def _read(self, make: Callable[[Parts], Any]) -> tuple[int, Any]:
         """(version, what `make` makes of the model) of the newest version that is not overwritten meanwhile."""
         assembly = self._shared.assembly
         assert assembly is not None
         while True:
             newest = assembly.newest
             assert newest is not None
-            made = make(newest.flat)
+            made = make(newest.parts)
             if newest.region is not None:
                 jax.block_until_ready(made)
             if newest.intact():
@@ -548,15 +548,15 @@ class Worker:
                 self._wait(lambda: session.final is not None)
         while True:
             began = time.monotonic()
-            flat = self._newer_model(assembly, session)
-            if flat is None:
+            newest = self._newer_model(assembly, session)
+            if newest is None:
                 return
-            params, stats, _ = self._packer.unpack(flat)
+            params, stats, _ = self._packer.unpack(newest.parts)
             self._base_round = session.round
             yield session.round, params, stats
             self.pause(began + every - time.monotonic())
 
-    def _newer_model(self, assembly: Assembly, session: Session) -> Any:
+    def _newer_model(self, assembly: Assembly, session: Session) -> Newest | None:
         """A version that was not seen yet, or None once the final one was (or does not come)."""
         asked_at, ended_at = 0.0, None
         with self._changed:
@@ -573,7 +573,7 @@ class Worker:
                     self._link.inbox.put(Fetch(self.name, session.round))
                 self._changed.wait(RETRY_S / 4)
             session.round = assembly.version
-            return assembly.flat
+            return assembly.newest
 
     def report_accuracy(
         self, version: int, accuracy: float, loss: float | None, seconds: float

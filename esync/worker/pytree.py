@@ -6,7 +6,9 @@ it; arrays on an accelerator are packed and unpacked there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import bisect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -17,6 +19,8 @@ from esync.errors import ModelError
 from esync.tensors import DELTA, VALUE, Layout, Leaf, Vector, layout_of
 
 Tree = Any
+Parts = Sequence[Vector]
+"""A vector in pieces, as it arrives; one piece is one too."""
 
 
 def is_batch_norm(path: str) -> bool:
@@ -73,11 +77,11 @@ class Packer:
         in_host_memory = self._device is None or self._device.platform == "cpu"
         self._packing: _Packing = (_InHostMemory if in_host_memory else _OnDevice)(self)
 
-    def places(self) -> Iterator[tuple[int, Leaf, slice]]:
-        """(index in the tree, leaf, where it stands in the vector), in the layout's order."""
+    def places(self) -> Iterator[tuple[int, Leaf, int]]:
+        """(index in the tree, leaf, where it begins in the vector), in the layout's order."""
         at = 0
         for i, leaf in zip(self._order, self.layout.leaves, strict=True):
-            yield i, leaf, slice(at, at + leaf.size)
+            yield i, leaf, at
             at += leaf.size
 
     def pack(
@@ -92,28 +96,50 @@ class Packer:
             )
         return self._packing.pack(leaves, base, out)
 
-    def unpack(self, flat: Vector) -> tuple[Tree, Tree, Any]:
-        """(params, stats, base) of a model: `base` is what `pack` subtracts to make its next update; it may be `flat`
-        itself. The trees share no memory with it."""
-        leaves, base = self._packing.unpack(flat)
+    def unpack(self, parts: Parts) -> tuple[Tree, Tree, Any]:
+        """(params, stats, base) of a model: `base` is what `pack` subtracts to make its next update; it may be `parts`
+        themselves. The trees share no memory with them."""
+        leaves, base = self._packing.unpack(parts)
         params, stats = jax.tree_util.tree_unflatten(self._treedef, leaves)
         return params, stats, base
 
     def merge(
-        self, flat: Vector, params: Tree, stats: Tree, pushed: Vector
+        self, parts: Parts, params: Tree, stats: Tree, pushed: Vector
     ) -> tuple[Tree, Tree, Any]:
-        """`unpack(flat)`, with the progress that `params` made since they were `pushed` added to it.
+        """`unpack(parts)`, with the progress that `params` made since they were `pushed` added to it.
 
         Statistics are the new model's: a difference of two variances is not one.
         """
-        sum_ = self.pack(params, stats).copy()
-        sum_ -= pushed
-        for _, leaf, place in self.places():
+        merged = self.pack(params, stats, out=np.empty(self.layout.size, np.float32))
+        merged -= pushed
+        for _, leaf, at in self.places():
             if leaf.path.split("/")[0] == "stats":
-                sum_[place] = 0.0
-        sum_ += flat
-        params, stats, base = self.unpack(sum_)
-        return params, stats, self._packing.unpack(flat)[1] if base is not sum_ else flat
+                merged[at : at + leaf.size] = 0.0
+        at = 0
+        for part in parts:
+            merged[at : at + part.size] += part
+            at += part.size
+        params, stats, _ = self.unpack([merged])
+        return params, stats, self._packing.base(parts)
+
+
+class Pieces:
+    """Looks up where in its parts a stretch of a vector lies."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._ends = list(itertools.accumulate(part.size for part in parts))
+
+    def of(self, start: int, size: int) -> Iterator[tuple[int, Vector]]:
+        """(offset in the stretch, view) of each piece of the `size` elements from `start` on."""
+        at = start
+        while at < start + size:
+            k = bisect.bisect_right(self._ends, at)
+            part = self._parts[k]
+            begin = self._ends[k] - part.size
+            stop = min(start + size, self._ends[k])
+            yield at - start, part[at - begin : stop - begin]
+            at = stop
 
 
 class _Packing(Protocol):
@@ -121,7 +147,9 @@ class _Packing(Protocol):
 
     def pack(self, leaves: list[Any], base: Any, out: Vector | None) -> Vector: ...
 
-    def unpack(self, flat: Vector) -> tuple[list[Any], Any]: ...
+    def unpack(self, parts: Parts) -> tuple[list[Any], Any]: ...
+
+    def base(self, parts: Parts) -> Any: ...
 
 
 class _InHostMemory:
@@ -132,34 +160,55 @@ class _InHostMemory:
 
     def pack(self, leaves: list[Any], base: Any, out: Vector | None) -> Vector:
         flat = np.empty(self._packer.layout.size, np.float32) if out is None else out
-        for i, leaf, place in self._packer.places():
+        before = Pieces(() if base is None else base)
+        for i, leaf, at in self._packer.places():
             array = np.asarray(leaves[i]).reshape(-1)  # of a JAX array on a CPU: a view
+            mine = flat[at : at + leaf.size]
             if base is None or leaf.kind != DELTA:
-                flat[place] = array
-            elif array.dtype == np.float32:
-                np.subtract(array, base[place], out=flat[place])
-            else:
-                np.subtract(array.astype(np.float32), base[place], out=flat[place])
+                mine[:] = array
+                continue
+            array = array.astype(np.float32, copy=False)
+            for offset, part in before.of(at, leaf.size):
+                own = slice(offset, offset + part.size)
+                np.subtract(array[own], part, out=mine[own])
         return flat
 
-    def unpack(self, flat: Vector) -> tuple[list[Any], Any]:
+    def unpack(self, parts: Parts) -> tuple[list[Any], Any]:
         packer = self._packer
         leaves: list[Any] = [None] * len(packer.layout.leaves)
+        model, device = Pieces(parts), packer._device
+        for i, leaf, at in packer.places():
+            found = [part for _, part in model.of(at, leaf.size)] or [np.zeros(0, np.float32)]
+            whole = found[0] if len(found) == 1 else np.concatenate(found)
+            leaves[i] = whole.astype(leaf.dtype, copy=packer._numpy).reshape(leaf.shape)
+        if not packer._numpy:
+            leaves = [
+                put if _address(put) != _address(leaf) else jax.device_put(leaf.copy(), device)
+                for put, leaf in zip(jax.device_put(leaves, device), leaves, strict=True)
+            ]
+        return leaves, self.base(parts)
+
+    def base(self, parts: Parts) -> Any:
+        packer = self._packer
+        if packer._exact:
+            return parts
         # What rounding to a leaf's dtype loses is no progress of this worker.
-        base = flat if packer._exact else flat.copy()
-        for i, leaf, place in packer.places():
-            part = flat[place].reshape(leaf.shape)
-            if packer._numpy:
-                leaves[i] = np.array(part, dtype=leaf.dtype)
-            else:
-                leaves[i] = jnp.array(part, dtype=leaf.dtype, device=packer._device)
-            if leaf.dtype != "float32":
-                base[place] = np.asarray(leaves[i]).reshape(-1)
-        return leaves, base
+        base = np.concatenate(parts)
+        for _, leaf, at in packer.places():
+            mine = base[at : at + leaf.size]
+            mine[:] = mine.astype(leaf.dtype)
+        return [base]
+
+
+def _address(array: Any) -> int:
+    """Where an array lies in host memory. JAX uses NumPy's as it is where that is aligned, and copies it else."""
+    if isinstance(array, jax.Array):
+        return int(array.unsafe_buffer_pointer())
+    return int(array.__array_interface__["data"][0])
 
 
 class _OnDevice:
-    """Packs and unpacks where the arrays are, with compiled functions: one transfer each way."""
+    """Packs and unpacks where the arrays are, with compiled functions."""
 
     def __init__(self, packer: Packer) -> None:
         self._packer = packer
@@ -172,20 +221,26 @@ class _OnDevice:
         out[:] = flat
         return out
 
-    def unpack(self, flat: Vector) -> tuple[list[Any], Any]:
-        leaves, base = self._unpack(jax.device_put(flat, self._packer._device))
+    def unpack(self, parts: Parts) -> tuple[list[Any], Any]:
+        there = jax.device_put(list(parts), self._packer._device)
+        leaves, base = self._unpack(there)
         return leaves, base
+
+    def base(self, parts: Parts) -> Any:
+        return self.unpack(parts)[1]
 
     def _packed(self, leaves: list[Any], base: Any) -> Any:
         order = self._packer._order
         parts = [jnp.ravel(jnp.asarray(leaves[i])).astype(jnp.float32) for i in order]
         return jnp.concatenate(parts) - base
 
-    def _unpacked(self, flat: Any) -> tuple[list[Any], Any]:
+    def _unpacked(self, parts: Any) -> tuple[list[Any], Any]:
         layout = self._packer.layout
+        flat = jnp.concatenate(parts)
         leaves: list[Any] = [None] * len(layout.leaves)
-        for i, leaf, place in self._packer.places():
-            leaves[i] = jnp.array(flat[place].reshape(leaf.shape), dtype=leaf.dtype)
+        for i, leaf, at in self._packer.places():
+            part = flat[at : at + leaf.size].reshape(leaf.shape)
+            leaves[i] = jnp.array(part, dtype=leaf.dtype)
         # From the leaves, not from `flat`: what rounding to their dtype loses is no progress of this worker.
         held = self._packed(leaves, jnp.float32(0))
         base = jnp.where(jnp.arange(layout.size) < layout.deltas, held, jnp.float32(0))
