@@ -151,18 +151,21 @@ def esync_state(pipe: Connection, run: dict[str, Any], bind: str) -> None:
 
 
 def esync_ps(pipe: Connection, state: str, options: dict[str, Any]) -> None:
-    from esync import transport
+    from esync import cli, transport
     from esync.config import PsConfig
     from esync.ps.server import ParameterServer
 
+    cli.keep_memory()  # as esync-ps does
     server = ParameterServer(state, PsConfig(**options), name="ps")
     pipe.send("ready")
     transport.run(server.run())
 
 
 def esync_worker(pipe: Connection, state: str, rank: int, elements: int, rounds: int) -> None:
+    from esync import cli
     from esync.worker.client import Worker
 
+    cli.keep_memory()  # as esync-worker does
     update = np.random.default_rng(rank).normal(size=elements).astype(np.float32)
     with Worker(state, name=f"w{rank}", rank=rank) as worker:
         worker.start({"w": np.zeros(elements, np.float32)})

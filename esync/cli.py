@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import dataclasses
 import logging
 import os
@@ -136,6 +137,19 @@ def say(text: str) -> None:
     """A line for the user."""
     click.echo(text, err=False)
     sys.stdout.flush()
+
+
+def keep_memory() -> None:
+    """Have this process keep the memory that messages free: a model's worth is freed and taken again in each round, and
+    to get it back from the system page by page costs more than to fill it. Only with glibc; else nothing happens."""
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_threshold, 32 << 20)
+    mallopt(trim_threshold, 1 << 30)
+    mallopt(top_pad, 32 << 20)
 
 
 def start_logging(verbose: bool) -> None:

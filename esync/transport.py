@@ -208,9 +208,8 @@ def xpub(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
     """Where models leave; every subscription and unsubscription is seen by the parameter server."""
     socket = _socket_of(context, zmq.XPUB, MAX_CONTROL_BYTES)
     socket.setsockopt(zmq.XPUB_VERBOSER, 1)
-    socket.setsockopt(
-        zmq.SNDHWM, 1024
-    )  # a stuck subscriber keeps so many chunks (1 MiB each) alive, no more
+    # A stuck subscriber keeps so many chunks (2 MiB each) alive, no more.
+    socket.setsockopt(zmq.SNDHWM, 512)
     return socket
 
 

@@ -31,6 +31,7 @@ def main(
     final model is written to model.safetensors.
     """
     cli.start_logging(verbose)
+    cli.keep_memory()
     raw = cli.tables(file)
     ps = config.build(PsConfig, {**raw.get("ps", {}), **cli.given(values, PsConfig)}, "ps")
     server = ParameterServer(

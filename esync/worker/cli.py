@@ -38,6 +38,7 @@ def main(
     learns from there. With --config and --name, device and emulated speed are those of that worker in the file.
     """
     cli.start_logging(verbose)
+    cli.keep_memory()
     raw = cli.tables(file)
     options = cli.given(values, WorkerConfig)
     row = _row_of(raw, options.get("name", "")) if raw and not evaluate else {}
