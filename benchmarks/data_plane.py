@@ -231,6 +231,9 @@ STEP_S = 0.002
 """What a local step is taken to cost: sleep, so that only `worker.step` is measured."""
 
 
+SITUATIONS = ("nothing to do", "a model arrives", "it pushes or merges")
+
+
 def stepping_worker(pipe: Connection, state: str, rank: int, elements: int, seconds: float) -> None:
     import jax.numpy as jnp
 
@@ -275,9 +278,8 @@ def stepping(lane: str, workers: int, mb: float, seconds: float) -> dict[str, An
             for rank in range(workers)
         ]
         results = [result_of(pipe, f"worker {i}") for i, (pipe, _) in enumerate(rows)]
-    names = ("nothing to do", "while a model arrives", "pushing or merging")
     row: dict[str, Any] = {"lane": lane, "workers": workers, "mb": mb, "rounds": results[0][3]}
-    for i, name in enumerate(names):
+    for i, name in enumerate(SITUATIONS):
         times = [seconds for result in results for seconds in result[i]]
         row[name] = {
             "calls": len(times),
@@ -472,6 +474,21 @@ def show(rows: list[Row], baseline: str) -> None:
     Console(width=None if Console().is_terminal else 140).print(table)
 
 
+def show_steps(rows: list[dict[str, Any]]) -> None:
+    """Print what `worker.step` takes."""
+    table = Table(title="worker.step, microseconds", title_justify="left")
+    for column in ("lane", "MB", "while", "calls", "median", "p99"):
+        table.add_column(
+            column, justify="right" if column in ("calls", "median", "p99") else "left"
+        )
+    for row in rows:
+        for name in SITUATIONS:
+            about = row[name]
+            cells = (f"{about[x]:.0f}" if x in about else "" for x in ("median_us", "p99_us"))
+            table.add_row(row["lane"], f"{row['mb']:g}", name, str(about["calls"]), *cells)
+    Console(width=None if Console().is_terminal else 100).print(table)
+
+
 @click.command()
 @click.option("--quick", is_flag=True, help="Two workers, 4 MB, few rounds.")
 @click.option("--workers", "counts", multiple=True, type=int, help="Workers [2, 4, 8].")
@@ -480,6 +497,9 @@ def show(rows: list[Row], baseline: str) -> None:
 @click.option("--lane", "lanes", multiple=True, type=click.Choice(LANES), help="Only this lane.")
 @click.option("--compression", multiple=True, help="Also over tcp with this compression.")
 @click.option("--only-esync", is_flag=True, help="Leave out gloo and the floors.")
+@click.option(
+    "--step", is_flag=True, help="Only what worker.step takes when there is nothing to do."
+)
 @click.option("--repeat", default=1, show_default=True, help="Measure everything so many times.")
 @click.option("--json", "file", type=click.File("w", lazy=True), help="Write the figures here too.")
 def main(
@@ -490,6 +510,7 @@ def main(
     lanes: tuple[str, ...],
     compression: tuple[str, ...],
     only_esync: bool,
+    step: bool,
     repeat: int,
     file: Any,
 ) -> None:
@@ -498,6 +519,17 @@ def main(
     sizes = sizes or ((4.0,) if quick else (1.0, 45.0, 240.0))
     rounds = rounds or (10 if quick else 30)
     console = Console(stderr=True)
+    if step:
+        steps = [
+            stepping(lane, 2, 4.0 if quick else 45.0, 3.0 if quick else 15.0)
+            for lane in lanes or LANES
+            if lane != "ipc"
+        ]
+        show_steps(steps)
+        if file:
+            json.dump({"environment": measure.environment(), "rows": steps}, file, indent=1)
+            file.write("\n")
+        return
     has_torch = importlib.util.find_spec("torch") is not None
     if not has_torch and not only_esync:
         console.print("gloo is left out: it needs PyTorch (pip install torch)")

@@ -44,10 +44,10 @@ def test_chunks_cover_every_element_once_in_order_and_never_span_two_kinds(delta
     assert len(layout.chunks) == math.ceil(deltas / 7) + math.ceil(values / 7)
 
 
-def test_a_chunk_of_real_size_is_a_mebibyte():
+def test_a_chunk_of_real_size_is_two_mebibytes():
     layout = Layout((Leaf(DELTA, "w", (1000, 1000), "float32"),))
-    assert layout.chunks[0] == Chunk(0, 1 << 18, DELTA)
-    assert layout.chunks[0].size * 4 == 1 << 20
+    assert layout.chunks[0] == Chunk(0, 1 << 19, DELTA)
+    assert layout.chunks[0].size * 4 == 2 << 20
     assert layout.chunks[-1].stop == 1_000_000
 
 
