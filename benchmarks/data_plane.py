@@ -228,7 +228,7 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
 
 LEAVES = 100
 STEP_S = 0.002
-"""What a local step is taken to cost: sleep, so that only `worker.step` is measured."""
+"""What a local step is taken to cost: a busy processor."""
 
 
 SITUATIONS = ("nothing to do", "a model arrives", "it pushes or merges")
@@ -248,7 +248,9 @@ def stepping_worker(pipe: Connection, state: str, rank: int, elements: int, seco
         assert assembly is not None
         until = time.perf_counter() + seconds
         while time.perf_counter() < until and not worker.stopped:
-            time.sleep(STEP_S)
+            step = time.perf_counter() + STEP_S
+            while time.perf_counter() < step:
+                pass
             before, synced = assembly.missing()[0], worker.totals.sync_s
             began = time.perf_counter()
             tree = worker.step(tree)

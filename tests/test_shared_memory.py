@@ -24,6 +24,7 @@ from esync.errors import EsyncError
 from esync.messages import INITIAL, Members, Model, Offer
 from esync.ps.aggregation import Contribution, Mean
 from esync.ps.backend import NumpyBackend
+from esync.ps.server import TensorThread
 from esync.shared_memory import MODEL_SLOTS, WRITING, Region, SharedMemoryError
 from esync.tensors import DELTA, VALUE, Layout, Leaf
 from esync.worker.assembly import Assembly
@@ -494,3 +495,31 @@ def test_memory_that_the_system_does_not_give_leaves_no_descriptor(layout, monke
         with pytest.raises(SharedMemoryError, match="Cannot allocate"):
             Region.create(layout, 1)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_an_offer_that_is_lost_is_made_again(monkeypatch):
+    """The server misses every worker's first offer."""
+    real, missed = TensorThread._offer, set()
+
+    def deaf(self, message):
+        if message.worker in missed:
+            real(self, message)
+        missed.add(message.worker)
+
+    monkeypatch.setattr(TensorThread, "_offer", deaf)
+    with Cluster(RunConfig(mode="sync", workers=2, rounds=10**6)) as cluster:
+        mapped = threading.Event()
+
+        def loop(worker):
+            params = worker.start({"w": np.zeros(1000, np.float32)})
+            while not worker.stopped:
+                params = worker.step({"w": params["w"] + np.float32(0.1)})
+                if len(cluster.ps.thread._memories) == 2:
+                    mapped.set()
+
+        threads = [cluster.train(f"w{i}", loop, rank=i) for i in range(2)]
+        assert mapped.wait(30)
+        cluster.state.stop("seen enough")
+        for thread in threads:
+            thread.result()
+        cluster.finish()

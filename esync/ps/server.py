@@ -334,6 +334,8 @@ class TensorThread(threading.Thread):
     def _offer(self, message: Offer) -> None:
         """Use a worker's memory, and offer it the model's."""
         assert self.layout is not None
+        if message.worker not in self._subscribers:
+            self._subscriptions()  # it has come on another connection, and may have overtaken
         known = message.worker in self._subscribers and message.incarnation == self.incarnation
         if not known or not self._config.shared_memory:
             return

@@ -120,6 +120,7 @@ class Link(threading.Thread):
         self._outgoing: deque[list[Any]] = deque()
         self._memory: Region | None = None  # of ours, where updates are put for the server
         self._offered_to = ""  # the incarnation of the server
+        self._offered_at: float | None = None  # until there is an answer
         self._puts = False  # updates into it: the server has mapped it
         self._listens_to: list[bytes] = []  # topics besides our own
         self._poller = zmq.Poller()
@@ -391,13 +392,19 @@ class Link(threading.Thread):
         except SharedMemoryError as error:
             log.info("the exchange goes over sockets: %s", error)
             return
-        self._outbound(self._memory.offer(self._join.worker, incarnation))
+        self._offer()
+
+    def _offer(self) -> None:
+        assert self._memory is not None
+        self._offered_at = time.monotonic()
+        self._outbound(self._memory.offer(self._join.worker, self._offered_to))
 
     def _on_offer(self, offer: Offer) -> None:
         """The parameter server has mapped our memory, and offers its own."""
         assembly = self.shared.assembly
         if assembly is None or offer.incarnation != self._offered_to:
             return
+        self._offered_at = None
         try:
             if offer.fd >= 0:  # else only updates go through shared memory
                 self._share(Region.open(assembly.layout, MODEL_SLOTS, offer))
@@ -408,7 +415,7 @@ class Link(threading.Thread):
 
     def _share(self, region: Region | None) -> None:
         """Have models in this memory of the parameter server from now on; None: over the socket, and updates too."""
-        self._puts = False
+        self._puts, self._offered_at = False, None
         assert self.shared.assembly is not None
         with self.shared.changed:
             self.shared.assembly.share(region)
@@ -471,6 +478,8 @@ class Link(threading.Thread):
         if shared.welcome is not None and now >= self._beat_at:
             self._beat_at = now + min(2.0, shared.welcome.heartbeat_s / 4)
             self._beat()
+        if self._offered_at is not None and now - self._offered_at > RETRY_S:
+            self._offer()
         if shared.awaiting is not None and now - self.progress_at > RETRY_S:
             self.progress_at = now
             self.fetch()
