@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from esync import cli
 from esync.compression import COMPRESSIONS, Compressor, Decoder, Encoding
 from esync.tensors import CHUNK_ELEMENTS, DELTA, Layout, Leaf
 
@@ -65,6 +66,7 @@ def cost(encoding: Encoding, mb: float, rounds: int) -> dict[str, Any]:
 @click.option("--json", "file", type=click.File("w", lazy=True), help="Write the figures here too.")
 def main(quick: bool, mb: float | None, rounds: int | None, file: Any) -> None:
     """Seconds to encode and decode, beside the seconds that the saved bytes take on a wire."""
+    cli.keep_memory()  # as esync-ps and esync-worker do
     mb, rounds = mb or (4.0 if quick else 45.0), rounds or (3 if quick else 9)
     rows = [
         cost(COMPRESSIONS[name](share), mb, rounds)
