@@ -31,6 +31,7 @@ import click
 import measure
 import numpy as np
 import zmq
+from inside.role import loopback_bytes
 from rich.console import Console
 from rich.table import Table
 
@@ -47,7 +48,7 @@ class Row:
 
     Attributes:
         seconds: of each synchronisation.
-        wire_mb: bytes of tensors that went through sockets, per synchronisation, in MB.
+        wire_mb: MB that crossed the loopback interface, of whatever program, per synchronisation.
         server_cpu_s: CPU seconds of the parameter server per synchronisation.
         server_mb, worker_mb: peak resident memory; `server_grown_mb`: that beyond what the server had before the model.
     """
@@ -200,12 +201,13 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
         ]
         for rank, (pipe, _) in enumerate(trainers):
             result_of(pipe, f"worker {rank}")
-        cpu = cpu_s(ps_pid)
+        cpu, wire = cpu_s(ps_pid), loopback_bytes()
         faults = [page_faults(pid) for pid in (ps_pid, trainers[0][1])]
         for pipe, _ in trainers:
             pipe.send("go")
         results = [result_of(pipe, f"worker {rank}") for rank, (pipe, _) in enumerate(trainers)]
         cpu = (cpu_s(ps_pid) - cpu) / (rounds + WARM_UP + 1)
+        wire = loopback_bytes() - wire
         peak = memory_mb(ps_pid, "VmHWM")
         faults = [
             (page_faults(pid) - before) // (rounds + WARM_UP + 1)
@@ -218,6 +220,7 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
             workers,
             mb,
             intervals(results[0][0]),
+            wire_mb=wire / (rounds + WARM_UP + 1) / 1e6,
             server_cpu_s=cpu,
             server_mb=peak,
             server_grown_mb=peak - before_mb,
@@ -303,11 +306,12 @@ def gloo_rank(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", rank=rank, world_size=workers)
     x = torch.randn(elements)
-    ends = []
+    dist.all_reduce(x)  # connects
+    wire, ends = loopback_bytes(), []
     for _ in range(rounds + WARM_UP + 1):
         dist.all_reduce(x)
         ends.append(time.perf_counter())
-    pipe.send((ends, torch.__version__))
+    pipe.send((ends, torch.__version__, (loopback_bytes() - wire) / (rounds + WARM_UP + 1)))
     pipe.recv()
     dist.destroy_process_group()
 
@@ -331,6 +335,7 @@ def gloo(workers: int, mb: float, rounds: int) -> Row:
             workers,
             mb,
             intervals(results[0][0]),
+            wire_mb=results[0][2] / 1e6,
             worker_mb=peak,
             notes={"torch": version},
         )
@@ -441,6 +446,7 @@ def show(rows: list[Row], baseline: str) -> None:
         "median ms",
         "p99 ms",
         f"x {baseline}",
+        "MB on loopback",
         "server CPU ms",
         "server MB",
         "of it grown",
@@ -466,6 +472,7 @@ def show(rows: list[Row], baseline: str) -> None:
             *(
                 "" if x is None else f"{x:.0f}"
                 for x in (
+                    row.wire_mb,
                     None if row.server_cpu_s is None else row.server_cpu_s * 1e3,
                     row.server_mb,
                     row.server_grown_mb,
@@ -473,7 +480,7 @@ def show(rows: list[Row], baseline: str) -> None:
                 )
             ),
         )
-    Console(width=None if Console().is_terminal else 140).print(table)
+    Console(width=None if Console().is_terminal else 160).print(table)
 
 
 def show_steps(rows: list[dict[str, Any]]) -> None:
