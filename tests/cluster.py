@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,8 +23,9 @@ _numbers = itertools.count()
 class Thread(threading.Thread):
     """A thread whose result, or exception, is handed to whoever joins it."""
 
-    def __init__(self, target: Callable[[], Any], name: str) -> None:
+    def __init__(self, target: Callable[[], Any], name: str, others: Sequence[Thread] = ()) -> None:
         super().__init__(name=name, daemon=True)
+        self._others = others
         self._target_function = target
         self.value: Any = None
         self.error: BaseException | None = None
@@ -37,7 +38,10 @@ class Thread(threading.Thread):
 
     def result(self, timeout_s: float = 60.0) -> Any:
         self.join(timeout_s)
-        assert not self.is_alive(), f"{self.name} is still running after {timeout_s} s"
+        if self.is_alive():
+            failed = {t.name: repr(t.error) for t in self._others if t.error is not None}
+            waits = f"; it may wait for those that failed: {failed}" if failed else ""
+            raise AssertionError(f"{self.name} is still running after {timeout_s} s{waits}")
         if self.error is not None:
             raise self.error
         return self.value
@@ -97,7 +101,7 @@ class Cluster:
             with self.worker(name, rank) as worker:
                 return loop(worker)
 
-        thread = Thread(body, name)
+        thread = Thread(body, name, self.workers)
         self.workers.append(thread)
         thread.start()
         return thread
