@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -455,3 +456,22 @@ def test_cifar10_is_downloaded_into_the_cache(cifar_archive, mirror, tmp_path, m
 def test_cifar10_that_is_nowhere_is_an_error_that_says_what_to_do():
     with pytest.raises(DataError, match=r"cifar-10-binary.tar.gz(.|\n)*--data-dir"):
         data.load("cifar10", download=False)
+
+
+def test_threads_read_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy's reader of .npz files fails in CPython 3.11 when several threads use it at once."""
+    inside, together = [], []
+
+    def read(data_dir: object, download: bool, say: object) -> None:
+        inside.append(1)
+        time.sleep(0.01)
+        together.append(len(inside))
+        inside.pop()
+
+    monkeypatch.setitem(data.READERS, "digits", data.READERS["digits"]._replace(load=read))
+    threads = [threading.Thread(target=data.load, args=("digits",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == [1] * 4

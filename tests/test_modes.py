@@ -5,7 +5,6 @@ Short runs on the digits: they end as they should, and the model has learnt some
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -94,19 +93,6 @@ def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-
-
-@pytest.fixture(autouse=True)
-def _build_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real workers are processes of their own. In threads of one process CPython 3.11 now and then fails in
-    `ast.parse`, which building a model comes to, when several are there at once (gh-106905)."""
-    building, build = threading.Lock(), step.classifier
-
-    def alone(*arguments: Any, **options: Any) -> Any:
-        with building:
-            return build(*arguments, **options)
-
-    monkeypatch.setattr(loop, "classifier", alone)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ class Reader(NamedTuple):
     find: Callable[[str | Path | None], Path | None]
 
 
+_reading = threading.Lock()
 # A new data set is one more line.
 READERS = {
     cifar10.NAME: Reader(cifar10.load, cifar10.find),
@@ -47,10 +49,14 @@ def load(
     in its subdirectory `name`). Otherwise, if they are nowhere and `download` is true, they are
     downloaded into the cache, with lines of progress to `say` (standard error by default).
 
+    Threads read one after the other: NumPy parses the header of a .npz with `ast`, which in CPython 3.11 fails now and
+    then with a SystemError if several threads do it at once (python/cpython#106905).
+
     Raises DataError, which says what to do, if the name is unknown, a file is missing, truncated
     or fails its checksum, or the download fails.
     """
-    return _reader(name).load(data_dir, download, say)
+    with _reading:
+        return _reader(name).load(data_dir, download, say)
 
 
 def find(name: str, data_dir: str | Path | None = None) -> Path | None:
