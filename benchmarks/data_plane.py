@@ -247,8 +247,9 @@ def stepping_worker(pipe: Connection, state: str, rank: int, elements: int, seco
     quiet, arriving, busy = [], [], []
     with Worker(state, name=f"w{rank}", rank=rank) as worker:
         tree = worker.start(tree)
-        assembly = worker._shared.assembly
-        assert assembly is not None
+        model = worker._shared.model
+        assert model is not None
+        (assembly,) = model.assemblies
         until = time.perf_counter() + seconds
         while time.perf_counter() < until and not worker.stopped:
             step = time.perf_counter() + STEP_S

@@ -77,6 +77,9 @@ class RunConfig:
         low=1,
         high=100_000,
     )
+    ps: int = _option(
+        1, "Parameter servers; each keeps and averages its share of the model.", low=1, high=1000
+    )
     batch_size: int = _option(64, "Samples in a local step.", low=1)
     optimizer: str = _option(
         "sgd", "The workers' own optimiser (Optax).", choices=("sgd", "momentum", "adam", "adamw")
@@ -360,6 +363,13 @@ class ClusterConfig:
     workers: tuple[WorkerConfig, ...]
     network: NetworkConfig = NetworkConfig()
 
+    def __post_init__(self) -> None:
+        if self.run.ps > 1 and (self.ps.push_port or self.ps.model_port):
+            raise ConfigError(
+                f"[ps] push_port and model_port: {self.run.ps} parameter servers cannot have the same ports; "
+                "leave them at 0, or give each esync-ps its own on its command line"
+            )
+
     def only_virtual(self) -> list[str]:
         """The keys set in this file that real processes know nothing of."""
         keys = {
@@ -386,7 +396,7 @@ class ClusterConfig:
                 check_worker_id(name)
             except MessageError as error:
                 raise ConfigError(f"[[workers]] name: {error}") from error
-            if name in ROLES:
+            if name in ROLES or name in ps_names(self.run.ps):
                 raise ConfigError(
                     f"[[workers]]: {name!r} is the name of another role; choose another"
                 )
@@ -394,6 +404,11 @@ class ClusterConfig:
             twice = next(name for name in names if names.count(name) > 1)
             raise ConfigError(f"[[workers]]: two workers are named {twice!r}; names must differ")
         return rows
+
+
+def ps_names(count: int) -> list[str]:
+    """The names of so many parameter servers, in the order of their shards."""
+    return ["ps"] if count == 1 else [f"ps{shard}" for shard in range(count)]
 
 
 def check_device(device: str) -> None:

@@ -25,8 +25,6 @@ MAX_TEXT = 4096
 """Longest string in a message, in characters."""
 MAX_ID = 64
 """Longest worker id, in characters."""
-WIRE, HERE = b"model", b"here"
-"""The topics of new versions for everybody: with their chunks, or with word of where in shared memory they are."""
 NO_SHARED_MEMORY = "no-shared-memory"
 """The code of an `error` after which an exchange goes over sockets."""
 INITIAL = -1
@@ -80,10 +78,10 @@ class Welcome:
     """State server -> whoever joined: everything needed to take part."""
 
     TYPE: ClassVar[str] = "welcome"
-    rank: int
+    rank: int  # of a parameter server: which shard of the model is its
     shares: int
     config: dict[str, Any]
-    endpoints: dict[str, Any]
+    endpoints: list[Any]  # of the parameter servers, in the order of their shards
     heartbeat_s: float
     version: str = VERSION
 
@@ -240,11 +238,14 @@ class Fetch:
 
 @dataclass(slots=True)
 class Have:
-    """Worker -> parameter server: this version has arrived whole (sent where `slowest_first` is set)."""
+    """Worker -> parameter server: everything up to this chunk of this version has arrived, and where `whole` is true
+    the version is. It goes upstream on the connection by which models come: no update is in its way."""
 
     TYPE: ClassVar[str] = "have"
     worker: str
     version: int
+    chunk: int
+    whole: bool = False
 
 
 @dataclass(slots=True)
@@ -314,6 +315,7 @@ _MISSING: Any = object()
 _ACCEPTS: dict[Any, tuple[type, ...]] = {
     int: (int,),
     float: (float, int),
+    bool: (bool,),
     str: (str,),
     dict: (dict,),
     list: (list,),

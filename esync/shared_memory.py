@@ -10,6 +10,7 @@ is the expected one both times, what was read between is what the stamp says.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import mmap
 import os
@@ -23,7 +24,7 @@ import numpy as np
 
 from esync.errors import EsyncError
 from esync.messages import Offer
-from esync.tensors import Layout, Vector
+from esync.tensors import Chunk, Layout, Vector
 
 if sys.platform == "linux":
     import fcntl
@@ -62,6 +63,8 @@ class Region:
 
     def __init__(self, layout: Layout, slots: int, memory: mmap.mmap, fd: int = -1) -> None:
         self.layout = layout
+        self._chunks: tuple[Chunk, ...] = layout.chunks
+        self._kept: Region | None = None
         self._token, self._fd = memory[:TOKEN_BYTES].hex(), fd
         count = len(layout.chunks)
         self.stamps: np.ndarray[Any, np.dtype[np.int64]] = np.frombuffer(
@@ -131,13 +134,21 @@ class Region:
             raise SharedMemoryError(f"{path} begins with another token")
         return cls(layout, slots, memory)
 
+    def part(self, chunks: range) -> Region:
+        """The same memory, of which only these chunks are seen, counted from the first of them."""
+        narrow = copy.copy(self)
+        narrow._chunks = self._chunks[chunks.start : chunks.stop]
+        narrow.stamps = self.stamps[:, chunks.start : chunks.stop]
+        narrow._kept = self  # its memory is not closed before
+        return narrow
+
     def whole(self, slot: int) -> Vector:
         """A slot's vector. shape=(layout.size,)"""
         return self._slots[slot]
 
     def chunk(self, slot: int, chunk: int) -> Vector:
         """One chunk of it."""
-        at = self.layout.chunks[chunk]
+        at = self._chunks[chunk]
         return self._slots[slot][at.start : at.stop]
 
     def begin(self, slot: int, chunk: int) -> Vector:

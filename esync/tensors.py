@@ -7,9 +7,12 @@ never spans both. Nothing here imports a framework: the parameter server uses th
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +21,8 @@ import numpy as np
 from esync.errors import ModelError
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
+Parts = Sequence[Vector]
+"""A vector in pieces, as it arrives; one piece is one too."""
 CHUNK_ELEMENTS = 1 << 19
 """Elements in a chunk: 2 MiB of float32."""
 MAX_ELEMENTS = 1 << 40
@@ -55,9 +60,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Layout:
-    """The leaves in the order in which they stand in the flat vector: all deltas, then all values."""
+    """The leaves in the order in which they stand in the flat vector: all deltas, then all values.
+
+    Attributes:
+        shards: the vector is cut into so many stretches of nearly equal length, one for each parameter server; a chunk
+            never spans two of them.
+    """
 
     leaves: tuple[Leaf, ...]
+    shards: int = 1
 
     @cached_property
     def deltas(self) -> int:
@@ -84,13 +95,55 @@ class Layout:
     def chunks(self) -> tuple[Chunk, ...]:
         """The chunks, in order; every element is in exactly one."""
         rows = []
-        for start, stop, kind in (
-            (0, self.deltas, DELTA),
-            (self.deltas, self.size, VALUE),
-        ):
-            for at in range(start, stop, CHUNK_ELEMENTS):
-                rows.append(Chunk(at, min(at + CHUNK_ELEMENTS, stop), kind))
+        for begin, end in self._stretches():
+            for start, stop, kind in (
+                (begin, min(end, self.deltas), DELTA),
+                (max(begin, self.deltas), end, VALUE),
+            ):
+                for at in range(start, stop, CHUNK_ELEMENTS):
+                    rows.append(Chunk(at, min(at + CHUNK_ELEMENTS, stop), kind))
         return tuple(rows)
+
+    def _stretches(self) -> list[tuple[int, int]]:
+        """Where each shard begins and ends."""
+        cuts = [self.size * k // self.shards for k in range(self.shards + 1)]
+        return list(itertools.pairwise(cuts))
+
+    def cut(self, shards: int) -> Layout:
+        """The same leaves, for so many parameter servers.
+
+        Raises:
+            ModelError: there are not as many elements.
+        """
+        if shards > self.size:
+            raise ModelError(f"{self.size} elements cannot be shared by {shards} parameter servers")
+        return replace(self, shards=shards)
+
+    def of_shard(self, shard: int) -> range:
+        """Which of the chunks are in a shard."""
+        begin, end = self._stretches()[shard]
+        inside = [i for i, chunk in enumerate(self.chunks) if begin <= chunk.start < end]
+        return range(inside[0], inside[-1] + 1)
+
+    def shard(self, shard: int) -> Layout:
+        """A shard as a layout of its own: its chunks are those of `of_shard`, in order.
+
+        A leaf that is cut becomes a leaf `path[start:stop]` of one axis.
+        """
+        if self.shards == 1:
+            return self
+        begin, end = self._stretches()[shard]
+        rows, at = [], 0
+        for leaf in self.leaves:
+            start, stop = max(begin - at, 0), min(end - at, leaf.size)
+            if start == 0 and stop == leaf.size:
+                rows.append(leaf)
+            elif start < stop:
+                rows.append(
+                    Leaf(leaf.kind, f"{leaf.path}[{start}:{stop}]", (stop - start,), leaf.dtype)
+                )
+            at += leaf.size
+        return Layout(tuple(rows))
 
     def to_wire(self) -> dict[str, Any]:
         """As plain lists and strings, for a message."""
@@ -133,6 +186,30 @@ class Layout:
         for path in theirs:
             return f"the run's model has a leaf {path}, this one has not"
         return "the leaves come in another order"
+
+
+class Pieces:
+    """Looks up where in its parts a stretch of a vector lies."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._ends = list(itertools.accumulate(part.size for part in parts))
+
+    def whole(self, start: int, size: int) -> Vector:
+        """That stretch in one piece: itself if it is, else a copy."""
+        found = [part for _, part in self.of(start, size)]
+        return found[0] if len(found) == 1 else np.concatenate([*found, np.zeros(0, np.float32)])
+
+    def of(self, start: int, size: int) -> Iterator[tuple[int, Vector]]:
+        """(offset in the stretch, view) of each piece of the `size` elements from `start` on."""
+        at = start
+        while at < start + size:
+            k = bisect.bisect_right(self._ends, at)
+            part = self._parts[k]
+            begin = self._ends[k] - part.size
+            stop = min(start + size, self._ends[k])
+            yield at - start, part[at - begin : stop - begin]
+            at = stop
 
 
 def layout_of(leaves: list[tuple[str, str, Any]]) -> Layout:

@@ -208,17 +208,16 @@ def xpub(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
     """Where models leave; every subscription and unsubscription is seen by the parameter server."""
     socket = _socket_of(context, zmq.XPUB, MAX_CONTROL_BYTES)
     socket.setsockopt(zmq.XPUB_VERBOSER, 1)
-    # A stuck subscriber keeps so many chunks (2 MiB each) alive, no more.
-    socket.setsockopt(zmq.SNDHWM, 512)
+    # How much of it waits for a subscriber is decided where it is sent (esync/ps/delivery.py).
+    socket.setsockopt(zmq.SNDHWM, 10_000)
     return socket
 
 
-def sub(context: zmq.Context[Any], endpoint: str, topics: list[bytes]) -> zmq.Socket[bytes]:
-    """Where a worker's models arrive. The last topic is the one whose arrival the server answers."""
-    socket = _socket_of(context, zmq.SUB, MAX_CHUNK_BYTES)
+def xsub(context: zmq.Context[Any], endpoint: str, topic: bytes) -> zmq.Socket[bytes]:
+    """Where a worker's models arrive, and by which it says what it has: what it sends goes upstream."""
+    socket = _socket_of(context, zmq.XSUB, MAX_CHUNK_BYTES)
     socket.setsockopt(zmq.RCVHWM, 10_000)
-    for topic in topics:
-        socket.subscribe(topic)
+    socket.send(b"\x01" + topic)
     return _connect(socket, endpoint)
 
 

@@ -119,7 +119,7 @@ def test_a_worker_that_is_here_before_the_parameter_server_is_told_what_it_waits
     sent = server.ps()
     (welcome,) = to("a", sent)
     assert isinstance(welcome, Welcome)
-    assert welcome.endpoints == ENDPOINTS
+    assert welcome.endpoints == [ENDPOINTS]
     assert welcome.rank == 0
     assert isinstance(to("ps", sent)[0], Welcome)
 
@@ -131,7 +131,7 @@ def test_a_worker_that_comes_after_the_parameter_server_is_welcomed_at_once():
     assert peer == "a"
     assert (welcome.rank, welcome.shares, welcome.heartbeat_s) == (0, 3, 4.0)
     assert welcome.config == server.handlers.config.to_wire()
-    assert welcome.endpoints == ENDPOINTS
+    assert welcome.endpoints == [ENDPOINTS]
 
 
 def test_workers_that_waited_get_ranks_in_order_of_coming():
@@ -243,7 +243,7 @@ def test_there_is_one_parameter_server_but_it_may_come_back():
     sent = server.gets(Join("ps", "ps", endpoints=elsewhere))
     assert to("ps", sent)[-1].workers == {"a": 0}
     ((_, welcome),) = server.gets(Join("b", "worker"))
-    assert welcome.endpoints == elsewhere
+    assert welcome.endpoints == [elsewhere]
 
 
 def test_mode_local_takes_one_worker_and_any_evaluator():

@@ -238,13 +238,15 @@ def test_a_held_worker_that_missed_a_model_fetches_it_and_takes_part_when_it_is_
         _until(lambda: cluster.ps.thread is not None)
         server = cluster.ps.thread
         assert server is not None
-        send = server._send_chunk
+        publish = server._publish
 
-        def lossy(worker: str | None, event: Published) -> None:
-            if worker is not None or event.version == 0:
-                send(worker, event)
+        def lossy(event: Published) -> None:
+            if event.worker is not None or event.version == 0:
+                publish(event)
+            else:
+                server._place(event)
 
-        server._send_chunk = lossy  # type: ignore[method-assign]
+        server._publish = lossy  # type: ignore[method-assign]
         threads = [cluster.train(f"w{i}", few_steps, rank=i) for i in range(2)]
         finals = [thread.result() for thread in threads]
         summary = cluster.finish()

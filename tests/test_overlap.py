@@ -62,8 +62,10 @@ class Trainer:
         return params["w"]
 
     def _look(self, worker: Worker) -> None:
-        if worker._base is not None:
-            self.models.setdefault(worker._base_round, np.concatenate(worker._base)[: START.size])
+        if worker._base is not None and worker._basis is not None:
+            base = np.concatenate(worker._base)[: START.size]
+            if worker._basis.intact():  # a server that does not wait for us may have overwritten it
+                self.models.setdefault(worker._base_round, base)
 
 
 def expected_models(trainers: list[Trainer], versions: int) -> list[Any]:
@@ -130,9 +132,9 @@ def until(worker: Worker, condition: Callable[[], Any], what: str) -> None:
 
 def version_of(worker: Worker) -> int:
     """The newest version that a worker has received."""
-    assembly = worker._shared.assembly
-    assert assembly is not None
-    return assembly.version
+    model = worker._shared.model
+    assert model is not None
+    return model.version
 
 
 def is_away(worker: Worker) -> bool:
@@ -264,9 +266,9 @@ def test_a_model_that_is_lost_on_the_way_is_fetched_while_training_goes_on() -> 
     lost = []
 
     def prepare(cluster: Cluster) -> None:
-        def lossy(worker: str | None, event: Published) -> None:
-            if worker is None and event.version == 3:
-                lost.append(event.version)
+        def lossy(worker: str, event: Published) -> None:
+            if event.version == 3 and worker not in lost:
+                lost.append(worker)
             else:
                 send(worker, event)
 
@@ -347,7 +349,7 @@ def test_a_worker_that_dies_while_away_is_missed_and_its_update_counts() -> None
         while worker.round < 2 or not is_away(worker):
             worker.pause(0.002)
             params = worker.step({"w": params["w"] + constant(1)})
-        until(worker, lambda: worker._shared.update and worker._shared.update.round == 2, "a push")
+        until(worker, lambda: worker._shared.update and worker._shared.update.rounds == (2,), "a push")
         worker._link.inbox.put(None)
         worker._link.join()
 

@@ -291,18 +291,18 @@ def test_garbage_on_the_control_channel_is_answered_with_an_error() -> None:
 
 
 def test_lost_model_chunks_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parameter server 'loses' the broadcast of every third version."""
+    """The parameter server 'loses' every third version, once for each worker."""
     with Cluster(RunConfig(mode="sync", workers=2, rounds=9)) as cluster:
         threads = [cluster.train(f"w{i}", quadratic(float(i))) for i in range(2)]
         _until(lambda: cluster.ps.thread is not None)
         server = cluster.ps.thread
         assert server is not None
         send = server._send_chunk
-        lost = []
+        lost: list[tuple[str, int]] = []
 
-        def lossy(worker: str | None, event: Published) -> None:
-            if worker is None and event.version % 3 == 0 and event.version:
-                lost.append(event.version)
+        def lossy(worker: str, event: Published) -> None:
+            if event.version % 3 == 0 and event.version and (worker, event.version) not in lost:
+                lost.append((worker, event.version))
             else:
                 send(worker, event)
 

@@ -28,8 +28,8 @@ from esync.ps.server import TensorThread
 from esync.shared_memory import MODEL_SLOTS, WRITING, Region, SharedMemoryError
 from esync.tensors import DELTA, VALUE, Layout, Leaf
 from esync.worker.assembly import Assembly
+from esync.worker.channel import Channel
 from esync.worker.client import Worker
-from esync.worker.link import Link
 from tests.cluster import Cluster
 
 pytestmark = pytest.mark.skipif(
@@ -208,7 +208,7 @@ def test_a_version_that_comes_both_ways_is_put_together(layout, first):
     for i in range(len(layout.chunks)):
         it.add(4, i, wire=(i % 2 == 0) == (first == "wire"))
     assert it.assembly.version == 4
-    np.testing.assert_array_equal(it.assembly.flat, vector(4))
+    np.testing.assert_array_equal(np.concatenate(it.assembly.newest.parts), vector(4))
     shared = [i for i in range(len(layout.chunks)) if (i % 2 == 0) != (first == "wire")]
     it.write(6, [i for i in range(len(layout.chunks)) if i not in shared])
     assert it.assembly.newest.intact()
@@ -227,7 +227,7 @@ def test_chunks_of_a_memory_that_is_not_used_any_more_are_missing(layout):
     for i in range(len(layout.chunks)):
         it.add(4, i, wire=True)
     assert it.assembly.newest.region is None
-    np.testing.assert_array_equal(it.assembly.flat, vector(4))
+    np.testing.assert_array_equal(np.concatenate(it.assembly.newest.parts), vector(4))
 
 
 # Real runs
@@ -380,16 +380,16 @@ def test_word_of_an_update_that_comes_too_late_is_passed_over(monkeypatch):
 
 def test_what_is_lost_while_a_worker_finds_its_model_overwritten_is_asked_for(monkeypatch):
     """w1 is evicted and comes back while it reads a model; what is sent to it meanwhile is lost."""
-    lost, real_data, real_read = threading.Event(), Link._on_data, Worker._read
+    lost, real_data, real_read = threading.Event(), Channel._on_data, Worker._read
     done = threading.Event()
 
     def lossy(self, frames):
-        drop = lost.is_set() and self._join.worker == "w1"
+        drop = lost.is_set() and self._worker == "w1"
         if not (drop and isinstance(messages.decode(frames[1].buffer), Model)):
             real_data(self, frames)
 
     def read(self, make):
-        newest = self._shared.assembly.newest
+        newest = self._shared.model.newest
         if self.name == "w1" and newest.version >= 10 and not done.is_set():
             done.set()
             lost.set()
@@ -403,7 +403,7 @@ def test_what_is_lost_while_a_worker_finds_its_model_overwritten_is_asked_for(mo
             lost.clear()
         return real_read(self, make)
 
-    monkeypatch.setattr(Link, "_on_data", lossy)
+    monkeypatch.setattr(Channel, "_on_data", lossy)
     monkeypatch.setattr(Worker, "_read", read)
     with Cluster(RunConfig(mode="sync", workers=2, rounds=200)) as cluster:
         threads = [cluster.train(f"w{i}", steady, rank=i) for i in range(2)]
@@ -430,9 +430,9 @@ def test_a_stranger_that_unsubscribes_others_changes_nothing(shared):
         assert began.wait(30)
         stranger = cluster.context.socket(zmq.XSUB)
         stranger.connect(cluster.ps.endpoints["model"])
-        for topic in (b"model", b"here", b"w/w0/", b"w/w1/"):
+        for topic in (b"w/w0/", b"w/w1/"):
             stranger.send(b"\x01" + topic)
-            for first in (b"\x02", b"\x00", b"\x02"):
+            for first in (b"\x02", b"\x00", b"\x00", b"\x00", b"\x02"):
                 stranger.send(first + topic)
         assert [thread.result() for thread in threads] == [
             2000,
@@ -454,7 +454,7 @@ def test_memory_that_is_not_mapped_any_more_is_offered_again():
                 if worker.rank == 1 and worker.round > 20 and not forgot.is_set():
                     del server._memories["w1"]
                     forgot.set()
-                if forgot.is_set() and "w1" in server._memories and worker._link._puts:
+                if forgot.is_set() and "w1" in server._memories and worker._link._channels[0].puts:
                     again.set()
 
         threads = [cluster.train(f"w{i}", loop, rank=i) for i in range(2)]

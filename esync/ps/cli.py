@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from esync import cli, config
 from esync.config import PsConfig
+from esync.errors import ConfigError
+from esync.ps import checkpoint
 from esync.ps.server import ParameterServer
 
 
@@ -15,6 +18,18 @@ from esync.ps.server import ParameterServer
 @cli.options_of(PsConfig)
 @cli.join_options
 @click.option("--name", default="", help="This server's id.  [default: host name and process id]")
+@click.option(
+    "--shard",
+    type=click.IntRange(0),
+    help="With run.ps above 1: which share of the model.  [default: the first that is free]",
+)
+@click.option(
+    "--join",
+    "parts",
+    type=click.Path(exists=True, file_okay=False),
+    metavar="DIR",
+    help="Serve nothing: make DIR/model.safetensors of the files model-K-of-N that N servers wrote.",
+)
 @cli.run_options
 def main(
     file: str | None,
@@ -23,14 +38,24 @@ def main(
     connect: str | None,
     wait: float,
     name: str,
+    shard: int | None,
+    parts: str | None,
     **values: Any,
 ) -> None:
     """Average the workers' updates and give the result back to all of them.
 
     Needs the state server's address; workers learn from there where this server listens. With --run-dir the
     final model is written to model.safetensors.
+
+    With `ps = N` in [run] there are N of these, on any machines: each keeps and averages one Nth of the model.
     """
     cli.start_logging(verbose)
+    if parts is not None:
+        path = checkpoint.join(Path(parts))
+        if path is None:
+            raise ConfigError(f"{parts} has no files model-K-of-N.safetensors")
+        cli.say(f"model: {path}")
+        return
     cli.keep_memory()
     raw = cli.tables(file)
     ps = config.build(PsConfig, {**raw.get("ps", {}), **cli.given(values, PsConfig)}, "ps")
@@ -40,6 +65,7 @@ def main(
         run_dir=cli.make_directory(run_dir),
         wait_s=wait,
         name=name,
+        shard=shard,
         say=cli.say,
     )
     cli.serve(server.run(), server.stop)

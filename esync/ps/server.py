@@ -6,6 +6,7 @@ The thread translates between frames and the aggregation's decisions. Rules of t
 - A worker that subscribes to its topic `w/<id>/` is sent the current model on it (an evaluator on `e/<id>/` the
   one that is to be evaluated). That one rule serves late
   joiners, workers that come back, and connections that dropped.
+- A version goes to each worker on its topic, and no faster than the worker says that it arrives (`have`).
 - Nothing is assumed to arrive. A waiting worker sends `fetch` now and then; the answer is the model it lacks, or
   `want` for chunks of its own update that did not arrive.
 - Whatever is refused is counted, and its sender is told on its topic.
@@ -19,9 +20,10 @@ import os
 import secrets
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,8 @@ from esync.errors import ConfigError, EsyncError, ModelError, ProtocolError, Tra
 from esync.journal import Journal, rounded
 from esync.mailbox import Mailbox
 from esync.messages import (
-    HERE,
     INITIAL,
     NO_SHARED_MEMORY,
-    WIRE,
     Error,
     Fetch,
     Have,
@@ -69,7 +69,8 @@ from esync.ps.aggregation import (
     Refused,
 )
 from esync.ps.backend import Backend, backend_for
-from esync.ps.checkpoint import save_model
+from esync.ps.checkpoint import model_name, save_model
+from esync.ps.delivery import Delivery
 from esync.ps.turns import Turns
 from esync.shared_memory import MODEL_SLOTS, UPDATE_SLOTS, Region, SharedMemoryError
 from esync.tensors import Layout, Vector
@@ -103,6 +104,7 @@ class TensorThread(threading.Thread):
 
     Args:
         pull, xpub: bound sockets, handed over to this thread.
+        shard: which of the model's shards is this server's.
         tell: called from this thread with what the control side is to know.
     """
 
@@ -113,11 +115,14 @@ class TensorThread(threading.Thread):
         backend: Backend,
         config: RunConfig,
         tell: Callable[[NewVersion | Members | Failure], None],
+        shard: int = 0,
     ) -> None:
         super().__init__(name="esync-tensors", daemon=True)
+        self.shard = shard
         self.inbox: Mailbox[Members | None] = Mailbox()
         self.aggregation: Aggregation | None = None
-        self.layout: Layout | None = None
+        self.layout: Layout | None = None  # of this shard
+        self.whole: Layout | None = None  # of the model
         self.counters: Counter[str] = Counter()
         self.bytes_up = 0
         self.bytes_down = 0
@@ -127,6 +132,14 @@ class TensorThread(threading.Thread):
         self._backend, self._config = backend, config
         self._tell = tell
         self._subscribers: dict[str, bytes] = {}  # id -> its own topic, in order of arrival
+        self._subscriptions: Counter[str] = (
+            Counter()
+        )  # id -> to that topic, by how many connections
+        self._delivery = Delivery()
+        self._copies: weakref.WeakValueDictionary[tuple[int, int], Vector] = (
+            weakref.WeakValueDictionary()
+        )  # (version, chunk) -> what is on its way of it, where the model itself is overwritten
+        self._packed: tuple[Published, bytes, zmq.Frame] | None = None  # what was sent last
         self._members: frozenset[str] = frozenset()
         self._memories: dict[
             str, Region
@@ -167,7 +180,7 @@ class TensorThread(threading.Thread):
                     # Updates wait in their socket until there is a layout to check them against.
                     poller.register(self._pull, zmq.POLLIN)
             if self._xpub in ready:
-                self._subscriptions()
+                self._upstream()
             if self._pull in ready:
                 self._updates()
             self._ask_for_initial_model()
@@ -182,7 +195,7 @@ class TensorThread(threading.Thread):
         self._epoch = message.epoch
         self._turns.first = frozenset(str(worker) for worker in message.first)
         if message.layout is not None and self._untrained():
-            self._set_layout(Layout.from_wire(message.layout))
+            self._set_layout(Layout.from_wire(message.layout).cut(self._config.ps))
         self._members = frozenset(message.workers)
         if self.aggregation is not None:
             self._emit(self.aggregation.set_members(message.workers))
@@ -193,10 +206,11 @@ class TensorThread(threading.Thread):
     def _untrained(self) -> bool:
         return self.aggregation is None or self.aggregation.version <= 0
 
-    def _set_layout(self, layout: Layout) -> None:
-        """Begin anew, unless this is the layout that we have."""
-        if self.layout is None or layout.digest != self.layout.digest:
-            self.layout, self._decoder = layout, Decoder(self._config.encoding, layout)
+    def _set_layout(self, whole: Layout) -> None:
+        """Begin anew, unless this is the model that we have."""
+        if self.whole is None or whole.digest != self.whole.digest:
+            self.whole, self.layout = whole, whole.shard(self.shard)
+            self._decoder = Decoder(self._config.encoding, self.layout)
             extra = {"ordered": True} if self._mode.ordered else {}
             self._memories, self._region, self._in_place = {}, None, False
             self.aggregation = AGGREGATIONS[self._mode.aggregation](
@@ -206,24 +220,50 @@ class TensorThread(threading.Thread):
             for worker in self._subscribers:
                 self._greet(worker)
 
-    def _subscriptions(self) -> None:
+    def _upstream(self) -> None:
+        """What comes from the subscribers: subscriptions, and what they have received."""
         while True:
             try:
-                event = self._xpub.recv(zmq.NOBLOCK)
+                event: bytes = self._xpub.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            if event[:1] not in (b"\x00", b"\x01"):
+                self._have(event)
+                continue
             here, topic = event[:1] == b"\x01", event[1:]
-            if (
-                event[:1] in (b"\x00", b"\x01")
-                and topic.startswith((b"w/", b"e/"))
-                and topic.endswith(b"/")
-            ):
+            if topic.startswith((b"w/", b"e/")) and topic.endswith(b"/"):
                 worker = topic[2:-1].decode("utf-8", "replace")
                 if here:
+                    self._subscriptions[worker] += 1
                     self._subscribers[worker] = topic
+                    self._delivery.forget(worker)
                     self._greet(worker)
                 else:
-                    self._subscribers.pop(worker, None)
+                    self._unsubscribed(worker)
+
+    def _unsubscribed(self, worker: str) -> None:
+        """A connection is gone. A member may be back by another one already, and is sent what it needs anyway."""
+        self._subscriptions[worker] -= 1
+        if self._subscriptions[worker] <= 0:
+            del self._subscriptions[worker]
+            self._subscribers.pop(worker, None)
+            if worker not in self._members:
+                self._delivery.forget(worker)
+
+    def _have(self, frame: bytes) -> None:
+        """A subscriber has received something: the next may go, to it or to those whose turn it is then."""
+        try:
+            message = messages.decode(frame)
+            if not isinstance(message, Have):
+                raise MessageError("unexpected-type", f"{message.TYPE} does not come upstream")
+        except MessageError as error:
+            self.counters[error.code] += 1
+            return
+        worker, now = message.worker, time.monotonic()
+        self._delivery.have(worker, message.version, message.chunk, now)
+        self._deliver(worker, now)
+        if message.whole:
+            self._send_held(self._turns.have(worker, message.version, now))
 
     def _greet(self, worker: str) -> None:
         """Send a new subscriber the model, or the word that there is none yet."""
@@ -233,6 +273,11 @@ class TensorThread(threading.Thread):
             self._send_to(worker, Want(INITIAL, [], self.incarnation))
         else:
             self._send_model(worker)
+
+    def _receivers(self) -> list[str]:
+        """Whom a new version is sent."""
+        workers = [w for w, topic in self._subscribers.items() if topic.startswith(b"w/")]
+        return workers + [w for w in self._members if w not in self._subscribers]
 
     def _ask_for_initial_model(self) -> None:
         """If rank 0 does not bring the initial model, ask the subscribers in turn."""
@@ -257,6 +302,8 @@ class TensorThread(threading.Thread):
             except zmq.Again:
                 return
             self.handle(frames)
+            if int(self._xpub.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                self._upstream()  # whoever can take more is not to wait for all that has arrived
 
     def handle(self, frames: list[zmq.Frame]) -> None:
         """One message of the data channel; whatever it holds, the worst that follows is an error to its sender."""
@@ -272,10 +319,6 @@ class TensorThread(threading.Thread):
             elif isinstance(message, Offer):
                 worker = message.worker
                 self._offer(message)
-            elif isinstance(message, Have):
-                worker = message.worker
-                now = time.monotonic()
-                self._send_held(self._turns.have(worker, message.version, now))
             else:
                 raise MessageError("unexpected-type", f"{message.TYPE} is not for the data channel")
         except MessageError as error:
@@ -334,8 +377,9 @@ class TensorThread(threading.Thread):
     def _offer(self, message: Offer) -> None:
         """Use a worker's memory, and offer it the model's."""
         assert self.layout is not None
+        assert self.whole is not None
         if message.worker not in self._subscribers:
-            self._subscriptions()  # it has come on another connection, and may have overtaken
+            self._upstream()  # it has come on another connection, and may have overtaken
         known = message.worker in self._subscribers and message.incarnation == self.incarnation
         if not known or not self._config.shared_memory:
             return
@@ -343,7 +387,8 @@ class TensorThread(threading.Thread):
             self._memories.pop(message.worker, None)
             return
         try:
-            self._memories[message.worker] = Region.open(self.layout, UPDATE_SLOTS, message)
+            memory = Region.open(self.whole, UPDATE_SLOTS, message)
+            self._memories[message.worker] = memory.part(self.whole.of_shard(self.shard))
             if self._region is None and self._mode.barrier:
                 self._share_model(Region.create(self.layout, MODEL_SLOTS))
         except SharedMemoryError as error:
@@ -408,6 +453,8 @@ class TensorThread(threading.Thread):
         if not wanted and self._turns.holds(worker):
             return  # its turn comes
         if aggregation.version > message.round and not wanted:
+            if self._delivery.is_busy(worker, time.monotonic()):
+                return
             chunks = None
             if message.version == aggregation.version and message.missing:
                 chunks = [i for i in message.missing if type(i) is int]
@@ -436,22 +483,26 @@ class TensorThread(threading.Thread):
                 self._tell(NewVersion(event.version, early, self.bytes_up, self.bytes_down))
                 for worker in self._memories.keys() - self._members - self._subscribers.keys():
                     del self._memories[worker]  # not before its last update has been read
+                self._delivery.completed(event.version, self._data_events, now)
 
     def _publish(self, event: Published) -> None:
         """Send a chunk to whom it is for; where some come first, to them, and to the others later."""
         if self._mode.barrier:
             self._place(event)
-        if event.worker is not None or not self._config.slowest_first:
+        if event.worker is not None:
             self._send_chunk(event.worker, event)
             return
         turns = self._turns
-        if event.version != turns.version:
-            self._held = []
-            workers = [w for w, topic in self._subscribers.items() if topic.startswith(b"w/")]
-            turns.begin(event.version, workers, time.monotonic())
-        if turns.now is not None:
-            self._held.append(event)
-        for worker in [None] if turns.now is None else turns.now:
+        if not self._config.slowest_first:
+            receivers = self._receivers()
+        else:
+            if event.version != turns.version:
+                self._held = []
+                turns.begin(event.version, self._receivers(), time.monotonic())
+            if turns.now is not None:
+                self._held.append(event)
+            receivers = self._receivers() if turns.now is None else turns.now
+        for worker in receivers:
             self._send_chunk(worker, event)
 
     def _send_held(self, workers: list[str]) -> None:
@@ -468,6 +519,7 @@ class TensorThread(threading.Thread):
         evaluator = self._subscribers.get(worker, b"").startswith(b"e/")
         model = self.aggregation.averaged() if evaluator else self.aggregation.chunks
         self.aggregation.sent_to(worker)
+        self._delivery.withdraw(worker)
         for i in range(len(model)) if chunks is None else chunks:
             if 0 <= i < len(model):
                 self._send_chunk(worker, Published(self.aggregation.version, i, model[i]))
@@ -475,38 +527,65 @@ class TensorThread(threading.Thread):
             for event in self.aggregation.in_progress():
                 self._send_chunk(worker, event)
 
-    def _send_chunk(self, worker: str | None, event: Published) -> None:
-        """Send a chunk to one worker, or to everybody: itself, or word of where in shared memory it is."""
-        if worker is None:
-            if self._memories:
-                self._send_word(HERE, event, len(self._memories))
-            others = self._members - self._memories.keys()
-            if others or not self._members:
-                self._send_data(WIRE, event, len(others))
-        elif worker in self._memories and self._is_placed(event):
-            self._send_word(self._topic_of(worker), event, 1)
-        else:
-            self._send_data(self._topic_of(worker), event, 1)
+    def _data_events(self) -> list[Published]:
+        """The latest complete version, to be sent as data."""
+        assert self.aggregation is not None
+        version, chunks = self.aggregation.version, self.aggregation.chunks
+        return [self._lasting(Published(version, i, data)) for i, data in enumerate(chunks)]
 
-    def _send_word(self, topic: bytes, event: Published, receivers: int) -> None:
+    def _lasting(self, event: Published) -> Published:
+        """The event with data that stays as it is until it has been sent."""
+        if not self._in_place or event.encoded is not None:
+            return event  # a published array is never written to again
+        copy = self._copies.get((event.version, event.chunk))
+        if copy is None:
+            copy = self._copies[event.version, event.chunk] = event.data.copy()
+        return replace(event, data=copy)
+
+    def _send_chunk(self, worker: str, event: Published) -> None:
+        """Send a chunk to a worker: itself, when its connection takes it, or word of where in shared memory it is."""
+        if worker in self._memories and self._is_placed(event):
+            self._send_word(worker, event)
+        else:
+            now = time.monotonic()
+            self._delivery.put(worker, self._lasting(event), now)
+            self._deliver(worker, now)
+
+    def _deliver(self, worker: str, now: float) -> None:
+        """Send a worker what may go."""
+        for event in self._delivery.next(worker):
+            size = self._send_data(worker, event)
+            self._delivery.sent(worker, event, size, now)
+
+    def _send_word(self, worker: str, event: Published) -> None:
         header = self._header(event)
         header.slot = event.version % MODEL_SLOTS
-        self._xpub.send_multipart([topic, messages.encode(header)])
-        self.bytes_down += event.data.nbytes * receivers
-        self.bytes_shared += event.data.nbytes * receivers
+        self._xpub.send_multipart([self._topic_of(worker), messages.encode(header)])
+        self.bytes_down += event.data.nbytes
+        self.bytes_shared += event.data.nbytes
 
-    def _send_data(self, topic: bytes, event: Published, receivers: int) -> None:
-        header = self._header(event)
-        if event.encoded is not None:
-            payload = event.encoded.payload
-            header.encoding, header.base = event.encoded.encoding, event.version - 1
-        else:
-            payload = self._backend.host(event.data).view(np.uint8)
-            if self._in_place:
-                payload = payload.copy()  # it is written to again before every socket has sent it
-        # No copy: a published array is never written to again.
-        self._xpub.send_multipart([topic, messages.encode(header), payload], copy=False)
-        self.bytes_down += payload.nbytes * receivers
+    def _send_data(self, worker: str, event: Published) -> int:
+        """Send a chunk itself; returns its size in bytes."""
+        last = self._packed[0] if self._packed else None
+        if last is None or not (
+            last.version == event.version
+            and last.data is event.data
+            and last.encoded is event.encoded
+        ):
+            header = self._header(event)
+            if event.encoded is not None:
+                payload = event.encoded.payload
+                header.encoding, header.base = event.encoded.encoding, event.version - 1
+            else:
+                payload = self._backend.host(event.data).view(np.uint8)
+            # No copy, and one frame for everybody whom it is sent.
+            self._packed = event, messages.encode(header), zmq.Frame(payload, copy=False)
+        assert self._packed is not None
+        _, head, frame = self._packed
+        self._xpub.send_multipart([self._topic_of(worker), head, frame], copy=False)
+        size = len(frame)
+        self.bytes_down += size
+        return size
 
     def _header(self, event: Published) -> Model:
         assert self.layout is not None
@@ -518,16 +597,23 @@ class TensorThread(threading.Thread):
     def _topic_of(self, worker: str) -> bytes:
         return self._subscribers.get(worker) or topic_of(worker)
 
+    @property
+    def shards(self) -> int:
+        """How many parameter servers share the model."""
+        return self._config.ps
+
     def save(self, path: Path) -> bool:
         """Write the latest version to a file; only after the thread has ended. False if there is none."""
         if self.aggregation is None or self.layout is None or self.aggregation.version < 0:
             return False
+        assert self.whole is not None
         save_model(
             path,
-            self.layout,
+            self.whole,
             self.aggregation.averaged(),
             self._backend,
             version=self.aggregation.version,
+            shard=self.shard,
         )
         return True
 
@@ -545,6 +631,7 @@ class ParameterServer:
         config: `[ps]` of the cluster file.
         run_dir: where the log and the final model go.
         wait_s: how long to wait for the state server.
+        shard: which of the model's shards it asks for.
 
     Raises:
         DeviceError: the device is not there.
@@ -559,10 +646,12 @@ class ParameterServer:
         run_dir: str | Path | None = None,
         wait_s: float = 60.0,
         name: str = "",
+        shard: int | None = None,
         context: zmq.Context[Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.config = config or PsConfig()
+        self.shard = shard
         self.state = state
         self.name = name or f"ps-{transport.hostname()}-{os.getpid()}"
         messages.check_worker_id(self.name)
@@ -641,6 +730,7 @@ class ParameterServer:
             join = Join(
                 self.name,
                 "ps",
+                rank=self.shard,
                 host=transport.hostname(),
                 device=self._backend.name,
                 endpoints=self.endpoints,
@@ -674,6 +764,7 @@ class ParameterServer:
             self._backend,
             config,
             self._server.post_threadsafe,
+            shard=message.rank,
         )
         self.thread.start()
         self._journal.write("welcome", endpoints=self.endpoints, device=self._backend.name)
@@ -711,7 +802,7 @@ class ParameterServer:
         """The run is over (from the state server), or we were told to end (posted here)."""
         self._end_thread()
         if self.thread is not None and self._run_dir is not None:
-            path = self._run_dir / "model.safetensors"
+            path = self._run_dir / model_name(self.thread.shard, self.thread.shards)
             if self.thread.save(path):
                 self._say(f"final model: {path}")
         refused = dict(self.thread.counters) if self.thread else {}

@@ -20,6 +20,7 @@ from esync.algorithms import algorithm
 from esync.config import ClusterConfig, RunConfig
 from esync.errors import EsyncError
 from esync.messages import Leave, Status
+from esync.ps import checkpoint
 from esync.report.compare import comparison, read_summary
 from esync.run import launcher, view
 from esync.run.launcher import Role
@@ -176,6 +177,9 @@ class _Run:
         while time.monotonic() < deadline and any(role.status is None for role in self.roles):
             time.sleep(0.05)
         self._check()
+        checkpoint.join(
+            self.directory
+        )  # if several parameter servers have written a part of the model each
 
     def _print_plainly(self) -> None:
         status, waiting_for = self._seen()
@@ -207,7 +211,7 @@ class _Run:
             if status is None or status == 0:
                 continue
             text = f"{role.name} died: {role.why()}"
-            worker = role.name not in ("state", "ps")
+            worker = role.name not in ("state", *config.ps_names(self.cluster.run.ps))
             others = [r for r in self.roles if r is not role and r.status is None]
             if self.keep_going and worker and len(others) > 2:
                 self.lost.append(role.name)

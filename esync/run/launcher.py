@@ -15,7 +15,7 @@ from typing import Any
 
 import tomli_w
 
-from esync.config import OWN, ClusterConfig, WorkerConfig
+from esync.config import OWN, ClusterConfig, WorkerConfig, ps_names
 from esync.errors import EsyncError
 from esync.transport import NAME, RANK, STATE
 
@@ -30,7 +30,7 @@ class Role:
     """One process.
 
     Attributes:
-        name: what people call it: `state`, `ps`, `evaluator`, or a worker's name.
+        name: what people call it: `state`, `ps` (or `ps0`, `ps1`, ...), `evaluator`, or a worker's name.
         command: what was run.
         log: the file with everything that it printed.
         host: the machine that it belongs on; empty: this one.
@@ -113,8 +113,13 @@ def roles_of(cluster: ClusterConfig, directory: Path, endpoint: str) -> list[Rol
     joins = ["--connect", endpoint]
     rows: list[tuple[str, list[str], dict[str, str]]] = [
         ("state", ["esync.state.cli", *file, *common], {}),
-        ("ps", ["esync.ps.cli", *file, *joins, *common, "--name", "ps"], {}),
     ]
+    names = ps_names(cluster.run.ps)
+    for shard, name in enumerate(names):
+        arguments = ["esync.ps.cli", *file, *joins, *common, "--name", name, "--shard", str(shard)]
+        if len(names) > 1 and cluster.ps.bind.startswith(("ipc://", "inproc://")):
+            arguments += ["--bind", f"{cluster.ps.bind}-{shard}"]
+        rows.append((name, arguments, {}))
     workers = cluster.each_worker()
     for rank, row in enumerate(workers):
         arguments = ["esync.worker.cli", *file, *joins, *common]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,14 +217,15 @@ def virtual_cluster(
     watch: Callable[[str, Message], None] = lambda sender, message: None,
 ) -> Cluster:
     """The virtual cluster of a cluster file."""
-    run, events = config.run, Events()
+    # Several parameter servers are one here, with the links of all of them.
+    run, events = replace(config.run, ps=1), Events()
     workers = {worker.name: worker for worker in config.each_worker()}
     cluster = Cluster(
         run,
         learner.layout,
         learner.initial(),
         events,
-        Network(config.network, workers, events),
+        Network(config.network, workers, events, servers=config.run.ps),
         evaluate=learner.evaluate,
         split_digest=learner.split_digest,
         log=log,

@@ -84,18 +84,26 @@ class Network:
     A tensor is on the worker's line and the server's at the same time, so that the slower of the two decides; small
     messages never wait for it.
 
+    Args:
+        servers: parameter servers that share the model, each with a line like that; together they are one line as wide
+            as all of them.
+
     Attributes:
         tensor_bytes: size of an update and of a model (0: their real size).
     """
 
     def __init__(
-        self, config: NetworkConfig, workers: Mapping[str, WorkerConfig], events: Events
+        self,
+        config: NetworkConfig,
+        workers: Mapping[str, WorkerConfig],
+        events: Events,
+        servers: int = 1,
     ) -> None:
         self.tensor_bytes = int(config.model_mb * 1e6)
         self._config, self._workers, self._events = config, workers, events
         self._server = {
-            "up": SharedLine(config.up_mbit, events),
-            "down": SharedLine(config.down_mbit, events),
+            "up": SharedLine(config.up_mbit * servers, events),
+            "down": SharedLine(config.down_mbit * servers, events),
         }
         self._own = {
             (name, way): Line(worker.bandwidth_mbit)

@@ -69,9 +69,13 @@ class Server:
     """A parameter server that joined."""
 
     worker: str
+    shard: int  # of the model, that it keeps
     endpoints: dict[str, Any]
     heard: float
     epoch: int = -1  # of the members that it goes by
+    version: int = -1  # that it has published
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
 class Handlers:
@@ -153,7 +157,7 @@ class Handlers:
             raise MessageError("run-over", f"the run is over ({self.stopped})")
         if message.role == "ps":
             self._ps_joins(peer, message)
-        elif message.layout is None or not self.servers:
+        elif message.layout is None or not self._served():
             self._waiting[message.worker] = message
             self._welcome_waiting()
         else:
@@ -169,19 +173,37 @@ class Handlers:
         except TransportError as error:
             raise MessageError("bad-field", f"join of a ps: {error}") from error
         known = self.servers.get(message.worker)
-        if known is None and self.servers:
-            raise MessageError("second-ps", "this run has a parameter server already")
+        if known is None and self._served():
+            one = (
+                "a parameter server"
+                if self.config.ps == 1
+                else f"{self.config.ps} parameter servers"
+            )
+            raise MessageError("second-ps", f"this run has {one} already")
         if known is None:
             self._say(f"parameter server {message.worker} joined from {message.host}")
-        self.servers[message.worker] = Server(message.worker, endpoints, self._clock())
-        self._send(peer, self._welcome(0))
+            shard = self._shard_for(message.rank)
+        else:
+            shard = known.shard
+        self.servers[message.worker] = Server(message.worker, shard, endpoints, self._clock())
+        self._send(peer, self._welcome(shard))
         self._announce_members()
         self._welcome_waiting()
 
+    def _served(self) -> bool:
+        """Whether all shards of the model have their server."""
+        return len(self.servers) == self.config.ps
+
+    def _shard_for(self, wanted: int | None) -> int:
+        """The shard asked for, if it is free, else the lowest free one."""
+        taken = {server.shard for server in self.servers.values()}
+        free = [shard for shard in range(self.config.ps) if shard not in taken]
+        return wanted if wanted in free else free[0]
+
     def _welcome_waiting(self) -> None:
-        if not self.servers:
+        if not self._served():
             for worker in self._waiting:
-                self._send(worker.encode(), Status(waiting_for="the parameter server"))
+                self._send(worker.encode(), Status(waiting_for=self.waiting_for()))
             return
         waiting, self._waiting = self._waiting, {}
         for message in waiting.values():
@@ -196,14 +218,12 @@ class Handlers:
             self._send(message.worker.encode(), self._welcome(record.rank))
 
     def _welcome(self, rank: int) -> Welcome:
-        endpoints: dict[str, Any] = {}
-        for server in self.servers.values():
-            endpoints = server.endpoints
+        servers = sorted(self.servers.values(), key=lambda server: server.shard)
         return Welcome(
             rank,
             self.config.workers,
             self.config.to_wire(),
-            endpoints,
+            [server.endpoints for server in servers],
             self.config.heartbeat_s,
         )
 
@@ -259,7 +279,7 @@ class Handlers:
 
     def _take_part(self, peer: bytes, message: Join, raw: dict[str, Any]) -> None:
         try:
-            layout = Layout.from_wire(raw)
+            layout = Layout.from_wire(raw).cut(self.config.ps)
         except ModelError as error:
             raise MessageError("bad-layout", str(error)) from error
         if self.layout is None:
@@ -362,7 +382,7 @@ class Handlers:
             return
         if (
             self.stopped is None
-            and self.servers
+            and self._served()
             and all(s.epoch == self._epoch for s in self.servers.values())
         ):
             self._start(now)
@@ -394,9 +414,8 @@ class Handlers:
             server.heard = now
             if server.epoch != self._epoch:  # lost on the way
                 self._send_members(server)
-            if message.round > self.history.version:  # so was a reset
-                up, down = self.history.bytes_up, self.history.bytes_down
-                self._published(message.round, up, down, {}, now)
+            if message.round > server.version:  # so was a reset
+                self._published(server, message.round, {}, now)
             return
         record = self._record(peer, message.worker)
         record.heard = now
@@ -450,13 +469,18 @@ class Handlers:
         if server is None:
             raise MessageError("unknown-worker", f"{message.worker} has not joined; join first")
         now = server.heard = self._clock()
-        self._published(message.round, message.bytes_up, message.bytes_down, message.members, now)
+        server.bytes_up, server.bytes_down = message.bytes_up, message.bytes_down
+        self._published(server, message.round, message.members, now)
 
-    def _published(
-        self, version: int, bytes_up: int, bytes_down: int, members: dict[str, Any], now: float
-    ) -> None:
-        """A version is out."""
+    def _published(self, server: Server, version: int, members: dict[str, Any], now: float) -> None:
+        """A parameter server has published its shard of a version. The last one to do so makes it whole."""
+        servers = self.servers.values()
+        before, server.version = server.version, max(server.version, version)
+        version = min(other.version for other in servers)
+        if not self._served() or version < server.version or server.version == before:
+            return
         newer = version > self.history.version
+        bytes_up, bytes_down = sum(s.bytes_up for s in servers), sum(s.bytes_down for s in servers)
         self.history.published(version, self._t(now), bytes_up, bytes_down)
         for worker, early_s in members.items():
             record = self.table.records.get(worker)
@@ -564,8 +588,11 @@ class Handlers:
         """What keeps the run from going on, in words; empty if nothing does."""
         if self.stopped is not None:
             return ""
-        if not self.servers:
-            return "the parameter server"
+        if not self._served():
+            lacking = self.config.ps - len(self.servers)
+            if self.config.ps == 1:
+                return "the parameter server"
+            return f"{lacking} more parameter server{'s' if lacking > 1 else ''}"
         missing = self.config.workers - len(self.table.active())
         if self.started is None and missing > 0:
             return f"{missing} more worker{'s' if missing > 1 else ''}"

@@ -37,6 +37,37 @@ class Newest:
         return bool((self.region.stamps[self.slot][self.shared] == self.version).all())
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The model: of each shard the latest complete version. Without a barrier, or in the moment in which a round ends,
+    these need not be the same."""
+
+    shards: tuple[Newest, ...]
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        return tuple(shard.version for shard in self.shards)
+
+    @property
+    def version(self) -> int:
+        """The version that all shards have reached."""
+        return min(self.versions)
+
+    @property
+    def parts(self) -> tuple[Vector, ...]:
+        """The chunks of all shards, in order."""
+        return tuple(part for shard in self.shards for part in shard.parts)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether some of it lies in memory that will be overwritten."""
+        return any(shard.region is not None for shard in self.shards)
+
+    def intact(self) -> bool:
+        """Whether what was read of `parts` until now is these versions."""
+        return all(shard.intact() for shard in self.shards)
+
+
 class Vectors:
     """Vectors of one size, whose memory is used again when nobody refers to them, or to a part of them, any more.
 
@@ -67,16 +98,12 @@ class Assembly:
 
     Args:
         encoding: the run's compression of differences.
-
-    Attributes:
-        vectors: memory for updates.
     """
 
     def __init__(self, layout: Layout, encoding: Encoding | None = None) -> None:
         self.layout = layout
         self.incarnation = ""
         self.newest: Newest | None = None
-        self.vectors = Vectors(layout.size)
         self._decoder = Decoder(encoding or Plain(), layout)
         self._region: Region | None = None
         self._partial: dict[int, list[Vector | None]] = {}
@@ -86,11 +113,6 @@ class Assembly:
     def version(self) -> int:
         """The latest complete version; -1 before the first."""
         return -1 if self.newest is None else self.newest.version
-
-    @property
-    def flat(self) -> Vector | None:
-        """A copy of that version's model in one piece."""
-        return None if self.newest is None else np.concatenate(self.newest.parts)
 
     def share(self, region: Region | None) -> None:
         """Where chunks without a payload lie from now on."""
@@ -169,3 +191,47 @@ class Assembly:
             return -1, []
         version = max(self._partial)
         return version, [i for i, part in enumerate(self._partial[version]) if part is None]
+
+
+class Shards:
+    """The model as its parameter servers have it: an assembly for each, and what is trained from.
+
+    Attributes:
+        begun: of each shard the version from which this worker's round began (-1: none yet).
+        vectors: memory for updates.
+    """
+
+    def __init__(self, layout: Layout, encoding: Encoding | None = None) -> None:
+        self.layout = layout
+        self.assemblies = [Assembly(layout.shard(k), encoding) for k in range(layout.shards)]
+        self.begun = (-1,) * layout.shards
+        self.vectors = Vectors(layout.size)
+        self._newest: Whole | None = None
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The latest complete version of each shard; -1 before the first."""
+        return tuple(assembly.version for assembly in self.assemblies)
+
+    @property
+    def version(self) -> int:
+        """The version that all shards have reached; -1 before the first."""
+        return min(self.versions)
+
+    @property
+    def newer(self) -> bool:
+        """Whether there is a model newer than the one that is trained from, in every shard."""
+        return all(new > old for new, old in zip(self.versions, self.begun, strict=True))
+
+    @property
+    def newest(self) -> Whole | None:
+        """The latest model; None before the first. The same object until there is another."""
+        shards = []
+        for assembly in self.assemblies:
+            if assembly.newest is None:
+                return None
+            shards.append(assembly.newest)
+        last = self._newest
+        if last is None or any(a is not b for a, b in zip(last.shards, shards, strict=True)):
+            self._newest = Whole(tuple(shards))
+        return self._newest

@@ -28,16 +28,19 @@ from esync.compression import Compressor
 from esync.config import RunConfig, build
 from esync.data import partition
 from esync.errors import EsyncError, ModelError
-from esync.messages import INITIAL, Fetch, Join, Report
-from esync.tensors import Vector
-from esync.worker.assembly import Assembly, Newest
-from esync.worker.link import RETRY_S, Link, Push
-from esync.worker.pytree import Packer, Parts, Tree, is_batch_norm
+from esync.messages import INITIAL, Join, Report
+from esync.tensors import Parts, Vector
+from esync.worker.assembly import Shards, Whole
+from esync.worker.channel import RETRY_S, Push
+from esync.worker.link import Ask, Link
+from esync.worker.pytree import Packer, Tree, is_batch_norm
 from esync.worker.session import Action, Session, Totals
 
 log = logging.getLogger("esync.worker")
 GOODBYE_S = 5.0
 """How long the end of a run waits for its final model."""
+UNEVEN_S = 2.0
+"""How long an evaluator tries to have the same version of all shards."""
 
 
 class Worker:
@@ -91,7 +94,7 @@ class Worker:
         self._changed = self._link.shared.changed
         self._packer: Packer | None = None
         self._base: Any = None
-        self._basis: Newest | None = None  # the version that it is part of
+        self._basis: Whole | None = None  # the version that it is part of
         self._base_round = -1
         self._first_round = 0
         self._pushed: Any = None
@@ -212,11 +215,15 @@ class Worker:
         self._packer.pack(*self._packer.unpack([initial]))
         if not np.isfinite(initial).all():
             raise ModelError("the initial model holds NaN or infinity")
-        layout, encoding = self._packer.layout, self.config.encoding
+        layout, encoding = self._packer.layout.cut(self.config.ps), self.config.encoding
+        model = Shards(layout, encoding)
         with self._changed:
-            self._shared.assembly = Assembly(layout, encoding)
-            self._shared.compressor = Compressor(encoding, layout, (self.config.seed, self.rank))
-            self._shared.initial = Push(initial, INITIAL, 0, 0)
+            self._shared.model = model
+            self._shared.compressors = [
+                Compressor(encoding, assembly.layout, (self.config.seed, self.rank, shard))
+                for shard, assembly in enumerate(model.assemblies)
+            ]
+            self._shared.initial = Push(initial, (INITIAL,) * layout.shards, 0, 0)
             self._shared.phase = "waiting"
         self._link.inbox.put(self._packer.layout)
         with self._changed:
@@ -271,9 +278,9 @@ class Worker:
 
     def _decide(self, loss: Any) -> Action:
         """Ask when it is time, wait if the answer is needed now."""
-        shared, session, assembly = self._shared, self._shared.session, self._shared.assembly
+        shared, session, model = self._shared, self._shared.session, self._shared.model
         assert session is not None
-        assert assembly is not None
+        assert model is not None
         began, away = None, session.away
         asked_at = (
             time.monotonic()
@@ -286,7 +293,7 @@ class Worker:
                     self._link.inbox.put(session.query(_finite(loss)))
                     asked_at = time.monotonic()
                 action = session.action()
-                over = assembly.version > session.round and not session.away
+                over = model.newer and not session.away
                 if over and action is not Action.STOP and (session.step or action is Action.WAIT):
                     action = Action.SYNC  # the round ended without us: take up the new model
                 if action is not Action.WAIT:
@@ -294,7 +301,7 @@ class Worker:
                 if began is None:
                     began = time.perf_counter()
                 if not session.step and self._barrier():
-                    shared.awaiting = session.round  # it may be over without us, and its model lost
+                    shared.awaiting = model.begun  # it may be over without us, and its model lost
                 shared.phase = "query"
                 self._changed.wait(RETRY_S / 2)
                 if time.monotonic() - asked_at > RETRY_S:
@@ -323,11 +330,12 @@ class Worker:
     ) -> tuple[Tree, Tree]:
         """Push the update of this round, unless the round is over, and take up the next model."""
         began = time.perf_counter()
+        model = self._shared.model
         assert self._packer is not None
-        assert self._shared.assembly is not None
+        assert model is not None
         round, steps = session.round, session.step
         with self._changed:
-            late = self._shared.assembly.version > round
+            late = model.newer
             report = session.synchronising(_finite(loss))
             report.totals = self._wire_totals(session)
             self._shared.phase = "sync"
@@ -335,7 +343,7 @@ class Worker:
             self._link.inbox.put(report)
             update = self._packer.pack(params, stats, self._base, self._link.buffer())
             if self._basis is None or self._basis.intact():  # else the round is over without us
-                self._push(Push(update, round, steps, session.samples))
+                self._push(Push(update, model.begun, steps, session.samples))
         params, stats = self._next_model(params, stats, session)
         session.totals.sync_s += time.perf_counter() - began
         self._row(round, steps, session, report.loss, late)
@@ -350,9 +358,9 @@ class Worker:
             own: the statistics to push: this worker's, also if `stats` were taken from a model just now.
         """
         began = time.perf_counter()
-        shared, packer = self._shared, self._packer
+        shared, packer, model = self._shared, self._packer, self._shared.model
         assert packer is not None
-        assert shared.assembly is not None
+        assert model is not None
         update = packer.pack(params, own, self._base, self._link.buffer())
         if self._pushed is None:
             self._pushed = np.empty(packer.layout.size, np.float32)
@@ -360,16 +368,16 @@ class Worker:
         overwritten = self._basis is not None and not self._basis.intact()
         with self._changed:
             round, steps, samples = session.round, session.step, session.samples
-            late = overwritten or shared.assembly.version > round
+            late, begun = overwritten or model.newer, model.begun
             if not late:
                 report = session.synchronising(_finite(loss))
                 report.totals = self._wire_totals(session)
                 session.pushed()
-                shared.awaiting = round
+                shared.awaiting = begun
         if late:
             return self._synchronise(params, stats, loss, session)
         self._link.inbox.put(report)
-        self._push(Push(update, round, steps, samples))
+        self._push(Push(update, begun, steps, samples))
         session.totals.sync_s += time.perf_counter() - began
         self._row(round, steps, session, report.loss, late)
         return params, stats
@@ -392,15 +400,15 @@ class Worker:
         session.totals.sync_s += time.perf_counter() - began
         return params, stats
 
-    def _await_model(self, session: Session) -> Newest | None:
-        """Wait for a model newer than this round's; the newest there is if the run ended instead."""
-        shared, assembly = self._shared, self._shared.assembly
-        assert assembly is not None
+    def _await_model(self, session: Session) -> bool:
+        """Wait for a model newer than this round's; False if the run ended instead."""
+        shared, model = self._shared, self._shared.model
+        assert model is not None
         with self._changed:
-            shared.awaiting = session.round
-            self._wait(lambda: assembly.version > session.round or session.final is not None)
+            shared.awaiting = model.begun
+            self._wait(lambda: model.newer or session.final is not None)
             shared.awaiting = None
-            return assembly.newest
+            return model.newer
 
     def exchange(self, update: Vector) -> Parts:
         """Synchronise a vector at once: what `step` does when it is told to, without a tree and without a policy.
@@ -414,14 +422,16 @@ class Worker:
             The new global model in pieces, where they arrived: not to be written to, and as they are only until the
             next exchange (and only for a worker that the barrier waits for). The last one if the run is over.
         """
-        session = self._shared.session
-        if session is None:
+        session, model = self._shared.session, self._shared.model
+        if session is None or model is None:
             raise EsyncError("call start before exchange")
-        self._push(Push(update, session.round, 1, self.config.batch_size))
-        newest = self._await_model(session)
-        assert newest is not None
+        self._push(Push(update, model.begun, 1, self.config.batch_size))
+        goes_on = self._await_model(session)
         with self._changed:
-            if newest.version > session.round:
+            newest = model.newest
+            assert newest is not None
+            if goes_on:
+                model.begun = newest.versions
                 session.begin(newest.version)
                 self._base_round = newest.version
             else:
@@ -432,51 +442,53 @@ class Worker:
         """Wait for a model newer than this round's, and begin its round."""
         shared, packer = self._shared, self._packer
         assert packer is not None
-        newest = self._await_model(session)
-        if newest is None or newest.version <= session.round:
+        if not self._await_model(session):
             return self._final_model(params, stats, session)
-        version, (params, new_stats, self._base) = self._read(packer.unpack)
+        whole, (params, new_stats, self._base) = self._read(packer.unpack)
+        assert shared.model is not None
         with self._changed:
-            session.begin(version)
-            self._base_round = version
+            shared.model.begun = whole.versions
+            session.begin(whole.version)
+            self._base_round = whole.version
             shared.phase = "train"
             if session.wants_query():
                 self._link.inbox.put(session.query())
         return params, None if stats is None else new_stats
 
-    def _read(self, make: Callable[[Parts], Any]) -> tuple[int, Any]:
-        """(version, what `make` makes of the model) of the newest version that is not overwritten meanwhile."""
-        assembly = self._shared.assembly
-        assert assembly is not None
+    def _read(self, make: Callable[[Parts], Any]) -> tuple[Whole, Any]:
+        """(model, what `make` makes of it) of the newest model that is not overwritten meanwhile."""
+        model = self._shared.model
+        assert model is not None
         while True:
-            newest = assembly.newest
+            newest = model.newest
             assert newest is not None
             made = make(newest.parts)
-            if newest.region is not None:
+            if newest.is_shared:
                 jax.block_until_ready(made)
             if newest.intact():
                 self._basis = newest
-                return newest.version, made
+                return newest, made
             log.info("version %d was overwritten while it was read", newest.version)
             with self._changed:
-                self._shared.awaiting = newest.version
-                self._wait(lambda: assembly.newest is not newest)  # noqa: B023
+                self._shared.awaiting = newest.versions
+                self._wait(lambda: model.newest is not newest)  # noqa: B023
                 self._shared.awaiting = None
 
     def _final_model(self, params: Tree, stats: Tree, session: Session) -> tuple[Tree, Tree]:
         """The model with which the run ended, if it arrives soon; else the last one that did."""
-        assembly = self._shared.assembly
-        assert assembly is not None
+        model = self._shared.model
+        assert model is not None
         assert self._packer is not None
         self._ended = True
         final = session.final if session.final is not None else -1
         deadline = time.monotonic() + GOODBYE_S
         with self._changed:
-            self._shared.awaiting = final - 1 if self._barrier() else None
-            while self._barrier() and assembly.version < final and time.monotonic() < deadline:
+            awaited = (final - 1,) * model.layout.shards
+            self._shared.awaiting = awaited if self._barrier() else None
+            while self._barrier() and model.version < final and time.monotonic() < deadline:
                 self._changed.wait(0.2)
             self._shared.awaiting = None
-        if assembly.newest is None:
+        if model.newest is None:
             return params, stats
         _, (params, new_stats, self._base) = self._read(self._packer.unpack)
         return params, None if stats is None else new_stats
@@ -538,8 +550,8 @@ class Worker:
         """
         self._prepare(params, stats, as_value)
         assert self._packer is not None
-        assembly, session = self._shared.assembly, Session(self.name, nonblocking=True)
-        assert assembly is not None
+        model, session = self._shared.model, Session(self.name, nonblocking=True)
+        assert model is not None
         with self._changed:
             self._shared.session = session
         every = self.config.evaluate_every_s
@@ -548,7 +560,7 @@ class Worker:
                 self._wait(lambda: session.final is not None)
         while True:
             began = time.monotonic()
-            newest = self._newer_model(assembly, session)
+            newest = self._newer_model(model, session)
             if newest is None:
                 return
             params, stats, _ = self._packer.unpack(newest.parts)
@@ -556,24 +568,34 @@ class Worker:
             yield session.round, params, stats
             self.pause(began + every - time.monotonic())
 
-    def _newer_model(self, assembly: Assembly, session: Session) -> Newest | None:
-        """A version that was not seen yet, or None once the final one was (or does not come)."""
-        asked_at, ended_at = 0.0, None
+    def _newer_model(self, model: Shards, session: Session) -> Whole | None:
+        """A model that was not seen yet, or None once the final one was (or does not come)."""
+        shared, asked_at, ended_at, newer_at = self._shared, 0.0, None, None
         with self._changed:
-            while assembly.version <= session.round:
-                if self._shared.error is not None:
-                    raise self._shared.error
-                now = time.monotonic()
+            while True:
+                if shared.error is not None:
+                    raise shared.error
+                now, awaited = time.monotonic(), model.begun
+                if model.newer:
+                    newer_at = newer_at or now
+                    even = len(set(model.versions)) == 1 or not self._barrier()
+                    if even or now - newer_at > UNEVEN_S:
+                        break
+                    awaited = (max(model.versions) - 1,) * model.layout.shards
                 if session.final is not None:
                     ended_at = ended_at or now
                     if session.round >= session.final or now - ended_at > GOODBYE_S:
                         return None
-                if now - max(asked_at, self._link.progress_at) > RETRY_S / 2:
+                shared.awaiting = awaited
+                if now - asked_at > RETRY_S / 2:
                     asked_at = now
-                    self._link.inbox.put(Fetch(self.name, session.round))
+                    self._link.inbox.put(Ask())
                 self._changed.wait(RETRY_S / 4)
-            session.round = assembly.version
-            return assembly.newest
+            shared.awaiting = None
+            newest = model.newest
+            assert newest is not None
+            model.begun, session.round = newest.versions, newest.version
+            return newest
 
     def report_accuracy(
         self, version: int, accuracy: float, loss: float | None, seconds: float

@@ -9,66 +9,44 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from esync import messages, transport
-from esync.compression import Compressor, Payload
+from esync.compression import Compressor
 from esync.errors import EsyncError, ProtocolError, TransportError
 from esync.mailbox import Mailbox
 from esync.messages import (
-    HERE,
     INITIAL,
-    NO_SHARED_MEMORY,
-    WIRE,
     Error,
-    Fetch,
-    Have,
     Join,
     Leave,
     Message,
     MessageError,
-    Model,
-    Offer,
     Report,
     Response,
     Status,
-    Update,
-    Want,
     Welcome,
 )
-from esync.shared_memory import MODEL_SLOTS, UPDATE_SLOTS, WRITING, Region, SharedMemoryError
+from esync.shared_memory import UPDATE_SLOTS, WRITING, Region, SharedMemoryError
 from esync.tensors import Layout, Vector
-from esync.worker.assembly import Assembly
+from esync.worker.assembly import Shards
+from esync.worker.channel import RETRY_S, Channel, Push
 from esync.worker.session import Session
 
 log = logging.getLogger("esync.worker")
 POLL_MS = 250
 NAME_TAKEN_S = 8.0
 """How long to try for a name that somebody else seems to have."""
-RETRY_S = 1.0
-"""After so long without progress what was asked for is asked for again."""
 
 
-@dataclass(slots=True)
-class Push:
-    """To this thread: send an update.
-
-    Attributes:
-        payloads: chunk -> its encoding and bytes, once they have been sent: what is lost is sent again as it was.
-    """
-
-    flat: Vector
-    round: int
-    steps: int
-    samples: int
-    payloads: dict[int, tuple[str, Payload]] = field(default_factory=dict)
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """To this thread: ask for the model that is awaited, now."""
 
 
 @dataclass(slots=True)
@@ -77,11 +55,13 @@ class Shared:
 
     welcome: Welcome | None = None
     session: Session | None = None
-    assembly: Assembly | None = None
-    compressor: Compressor | None = None
+    model: Shards | None = None
+    compressors: list[Compressor] = field(default_factory=list)  # of each shard
     error: EsyncError | None = None
     phase: str = "loading"
-    awaiting: int | None = None  # the training thread waits for a model newer than this
+    awaiting: tuple[int, ...] | None = (
+        None  # the training thread waits for newer versions than these
+    )
     initial: Push | None = None
     accepted: bool = False  # the layout was accepted
     update: Push | None = None
@@ -111,18 +91,13 @@ class Link(threading.Thread):
         super().__init__(name="esync-link", daemon=True)
         transport.check_endpoint(state)
         self.shared = Shared()
-        self.inbox: Mailbox[Message | Push | Layout | None] = Mailbox()
+        self.inbox: Mailbox[Message | Push | Layout | Ask | None] = Mailbox()
         self._state, self._join, self._wait_s = state, join, wait_s
         self._context, self._say = context, say
         self._control = transport.dealer(context, join.worker, state)
-        self._push: zmq.Socket[bytes] | None = None
-        self._sub: zmq.Socket[bytes] | None = None
-        self._outgoing: deque[list[Any]] = deque()
-        self._memory: Region | None = None  # of ours, where updates are put for the server
-        self._offered_to = ""  # the incarnation of the server
-        self._offered_at: float | None = None  # until there is an answer
-        self._puts = False  # updates into it: the server has mapped it
-        self._listens_to: list[bytes] = []  # topics besides our own
+        self._channels: list[Channel] = []  # to the parameter servers
+        self._memory: Region | None = None  # where updates are put for those on this machine
+        self._no_memory = False  # this system has none
         self._poller = zmq.Poller()
         self._lost_at: float | None = None
         self._monitor = self._control.get_monitor_socket(
@@ -132,7 +107,6 @@ class Link(threading.Thread):
         self._answered = False
         self._began = 0.0
         self._joined_at = 0.0
-        self.progress_at = 0.0
         self._beat_at = 0.0
 
     def run(self) -> None:
@@ -144,9 +118,8 @@ class Link(threading.Thread):
         finally:
             self._monitor.close(0)
             self._control.close()
-            for socket in (self._push, self._sub):
-                if socket is not None:
-                    socket.close()
+            for channel in self._channels:
+                channel.close()
             self.inbox.close()
 
     def _serve(self) -> None:
@@ -168,11 +141,12 @@ class Link(threading.Thread):
                 up = recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
                 self._lost_at = None if up else self._lost_at or time.monotonic()
             if self._control in ready:
-                self._drain(self._control, self._on_control)
-            if self._sub is not None and self._sub in ready:
-                self._drain(self._sub, self._on_data)
-            if self._outgoing:
-                self._flush()
+                self._control_messages()
+            for channel in self._channels:
+                if channel.sub in ready:
+                    channel.receive()
+                if channel.blocked:
+                    channel.flush()
             self._on_time(time.monotonic(), self._began)
 
     def _poll_ms(self) -> int:
@@ -183,17 +157,16 @@ class Link(threading.Thread):
 
     # To the servers
 
-    def _outbound(self, item: Message | Push | Layout) -> None:
+    def _outbound(self, item: Message | Push | Layout | Ask) -> None:
         if isinstance(item, Push):
-            self.progress_at = time.monotonic()
-            self._queue_update(item)
+            for channel in self._channels:
+                channel.progress_at = time.monotonic()
+            self._send_update(item)
         elif isinstance(item, Layout):
             self._join.layout = item.to_wire()
             self._send_join()
-        elif isinstance(item, Fetch | Have | Offer):
-            if self._push is not None:
-                self._outgoing.append([messages.encode(item)])
-                self._flush()
+        elif isinstance(item, Ask):
+            self._fetch(self._channels)
         else:
             self._send(item)
 
@@ -207,81 +180,61 @@ class Link(threading.Thread):
         self._joined_at = time.monotonic()
         self._send(self._join)
 
-    def _queue_update(self, item: Push, chunks: list[int] | None = None) -> None:
-        """Send these chunks of an update, or all of them, each as soon as it is encoded."""
-        assembly, compressor = self.shared.assembly, self.shared.compressor
-        assert assembly is not None
-        assert compressor is not None
-        layout = assembly.layout
-        for i in range(len(layout.chunks)) if chunks is None else chunks:
-            header = Update(
-                self._join.worker,
-                item.round,
-                i,
-                layout.digest,
-                item.steps,
-                item.samples,
-                incarnation=assembly.incarnation,
-            )
-            part = item.flat[layout.chunks[i].start : layout.chunks[i].stop]
-            if self._puts and self._memory is not None:
-                in_place = item.flat is self._memory.whole(0)
-                self._put(self._memory, i, part, item.round, in_place=in_place)
-                header.slot = 0
-                self._outgoing.append([messages.encode(header)])
-            else:
-                if i not in item.payloads:
-                    item.payloads[i] = compressor.encode(i, part, item.round)
-                header.encoding, payload = item.payloads[i]
-                self._outgoing.append([messages.encode(header), payload])
-            self._flush()
+    def _send_update(self, item: Push) -> None:
+        """Send all chunks of an update, each as soon as it is encoded; to all parameter servers in turn, so that no
+        link waits for another's."""
+        for i in range(max((len(c.chunks) for c in self._channels), default=0)):
+            for channel in self._channels:
+                if i < len(channel.chunks):
+                    self._send_chunk(channel, item, i)
 
-    def _put(self, memory: Region, chunk: int, part: Vector, round: int, *, in_place: bool) -> None:
-        """Put a chunk of an update where the parameter server reads it, unless it is there."""
-        if memory.stamps[0, chunk] != round:
-            if not in_place:
-                np.copyto(memory.begin(0, chunk), part)
-            memory.finish(0, chunk, round)
+    def _send_chunk(self, channel: Channel, item: Push, chunk: int) -> None:
+        model, memory = self.shared.model, self._memory
+        assert model is not None
+        at = model.layout.chunks[channel.chunks[chunk]]
+        in_place = memory is not None and item.flat is memory.whole(0)
+        channel.push_chunk(item, chunk, item.flat[at.start : at.stop], in_place=in_place)
 
     def buffer(self) -> Vector:
-        """Where to put the next update, from any thread: memory that the parameter server reads, or of our own."""
-        memory, assembly = self._memory, self.shared.assembly
-        assert assembly is not None
-        if self._puts and memory is not None:
+        """Where to put the next update, from any thread: memory that the parameter servers read, or of our own."""
+        memory, model = self._memory, self.shared.model
+        assert model is not None
+        if memory is not None and all(channel.puts for channel in self._channels):
             memory.stamps[:] = WRITING
             return memory.whole(0)
-        return assembly.vectors.take()
+        return model.vectors.take()
 
-    def _flush(self) -> None:
-        """Send what the data socket takes; it says when it takes more."""
-        push = self._push
-        assert push is not None
-        while self._outgoing:
+    def _own_memory(self) -> Region | None:
+        """Where our updates are put for parameter servers on this machine; None: over the sockets only."""
+        welcome, model = self.shared.welcome, self.shared.model
+        assert welcome is not None
+        assert model is not None
+        wanted = welcome.config.get("shared_memory") and self._join.role == "worker"
+        if wanted and self._memory is None and not self._no_memory:
             try:
-                push.send_multipart(self._outgoing[0], zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                self._poller.register(push, zmq.POLLOUT)
-                return
-            self._outgoing.popleft()
-        self._poller.register(push, 0)
+                self._memory = Region.create(model.layout, UPDATE_SLOTS)
+            except SharedMemoryError as error:
+                self._no_memory = True
+                log.info("the exchange goes over sockets: %s", error)
+        return self._memory
 
     # From the servers
 
-    def _drain(self, socket: zmq.Socket[bytes], handle: Callable[[list[zmq.Frame]], None]) -> None:
+    def _control_messages(self) -> None:
         for _ in range(64):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                frame = self._control.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
-                handle(frames)
+                self._on_control(frame)
             except MessageError as error:
-                log.warning("a server sent something unusable: %s: %s", error.code, error.text)
+                log.warning("the state server sent something unusable: %s", error.text)
                 if error.code == "version-mismatch":
                     self._fail(ProtocolError(error.code, error.text))
 
-    def _on_control(self, frames: list[zmq.Frame]) -> None:
-        message = messages.decode(frames[0].buffer)
+    def _on_control(self, frame: bytes) -> None:
+        message = messages.decode(frame)
         self._answered = True
         shared = self.shared
         if isinstance(message, Response):
@@ -307,22 +260,35 @@ class Link(threading.Thread):
                     shared.session.ask_again()
             shared.changed.notify_all()
         self._last_said = ""
-        if self._join.layout is not None and self._sub is None:
-            self._connect_data(message)
+        if self._join.layout is not None and not self._channels:
+            self._connect(message)
 
-    def _connect_data(self, message: Welcome) -> None:
-        push, model = message.endpoints.get("push"), message.endpoints.get("model")
-        if not isinstance(push, str) or not isinstance(model, str):
-            raise MessageError("bad-field", "welcome.endpoints need push and model")
-        push, model = (transport.resolved(x, self._state) for x in (push, model))
-        self._push = transport.push(self._context, push)
-        evaluator = self._join.role == "evaluator"
-        own = f"{'e' if evaluator else 'w'}/{self._join.worker}/".encode()
-        # Before our own: when the server sees that, word of what lies in shared memory is heard already.
-        self._listens_to = [] if evaluator else [WIRE, HERE]
-        self._sub = transport.sub(self._context, model, [*self._listens_to, own])
-        self._poller.register(self._sub, zmq.POLLIN)
-        self.progress_at = time.monotonic()
+    def _connect(self, message: Welcome) -> None:
+        """Connect to the parameter servers."""
+        model = self.shared.model
+        assert model is not None
+        if len(message.endpoints) != model.layout.shards:
+            text = f"{len(message.endpoints)} endpoints for {model.layout.shards} parameter servers"
+            raise MessageError("bad-field", f"welcome: {text}")
+        pairs = [_endpoints(x, self._state) for x in message.endpoints]
+        for shard, endpoints in enumerate(pairs):
+            self._channels.append(
+                Channel(
+                    shard,
+                    endpoints,
+                    model.assemblies[shard],
+                    self.shared.compressors[shard],
+                    model.layout.of_shard(shard),
+                    worker=self._join.worker,
+                    role=self._join.role,
+                    memory=self._own_memory,
+                    on_complete=self._on_complete,
+                    on_error=self._on_error,
+                    on_want=self._on_want,
+                    context=self._context,
+                    poller=self._poller,
+                )
+            )
 
     def _on_error(self, message: Error) -> None:
         if message.code == "unknown-worker":
@@ -333,131 +299,38 @@ class Link(threading.Thread):
         if message.code == "name-taken" and time.monotonic() - self._began < NAME_TAKEN_S:
             self._tell(message.text)  # the one that was killed is soon forgotten
             return
-        if message.code == NO_SHARED_MEMORY:
-            log.info("the exchange goes over sockets: %s", message.text)
-            again = self._puts  # it had been mapped: offer it once more, with the next model
-            self._share(None)
-            if again:
-                self._offered_to = ""
-            else:
-                self._listen_to(WIRE)
-            return
         self._fail(ProtocolError(message.code, message.text))
 
-    def _on_data(self, frames: list[zmq.Frame]) -> None:
-        if len(frames) < 2:
-            raise MessageError("bad-frames", "a model message has a topic and a header")
-        message = messages.decode(frames[1].buffer)
-        shared = self.shared
-        if isinstance(message, Model):
-            if len(frames) != (3 if message.slot < 0 else 2):
-                raise MessageError("bad-frames", "a model message has one payload or a slot")
-            assert shared.assembly is not None
-            if frames[0].buffer == HERE and self._puts:
-                self._listen_to(HERE)  # everything that came as WIRE before this is here
-            self.progress_at = time.monotonic()
-            self._meet(message.incarnation)
-            payload = frames[2].buffer if message.slot < 0 else None
-            complete = shared.assembly.add(
-                message, payload
-            )  # only this thread does; no lock for a copy
-            if complete:
-                with shared.changed:
-                    self._begin_if_away()
-                    shared.changed.notify_all()
-            welcome = shared.welcome
-            if complete and welcome is not None and welcome.config.get("slowest_first"):
-                self._outbound(Have(self._join.worker, message.version))
-        elif isinstance(message, Want):
-            self._meet(message.incarnation)
-            self._on_want(message)
-        elif isinstance(message, Offer):
-            self._on_offer(message)
-        elif isinstance(message, Error):
-            self._on_error(message)
-
-    # Shared memory
-
-    def _meet(self, incarnation: str) -> None:
-        """Offer memory to a parameter server that we have not met yet; until it takes it, sockets carry everything."""
-        welcome, assembly = self.shared.welcome, self.shared.assembly
-        if incarnation in ("", self._offered_to) or welcome is None or assembly is None:
-            return
-        self._offered_to = incarnation
-        self._share(None)
-        if not welcome.config.get("shared_memory") or self._join.role != "worker":
-            return
-        try:
-            self._memory = self._memory or Region.create(assembly.layout, UPDATE_SLOTS)
-        except SharedMemoryError as error:
-            log.info("the exchange goes over sockets: %s", error)
-            return
-        self._offer()
-
-    def _offer(self) -> None:
-        assert self._memory is not None
-        self._offered_at = time.monotonic()
-        self._outbound(self._memory.offer(self._join.worker, self._offered_to))
-
-    def _on_offer(self, offer: Offer) -> None:
-        """The parameter server has mapped our memory, and offers its own."""
-        assembly = self.shared.assembly
-        if assembly is None or offer.incarnation != self._offered_to:
-            return
-        self._offered_at = None
-        try:
-            if offer.fd >= 0:  # else only updates go through shared memory
-                self._share(Region.open(assembly.layout, MODEL_SLOTS, offer))
-            self._puts = True
-        except SharedMemoryError as error:
-            log.info("the exchange goes over sockets: %s", error)
-            self._outbound(Offer(self._join.worker, "", 0, -1, "", offer.incarnation))
-
-    def _share(self, region: Region | None) -> None:
-        """Have models in this memory of the parameter server from now on; None: over the socket, and updates too."""
-        self._puts, self._offered_at = False, None
-        assert self.shared.assembly is not None
+    def _on_complete(self) -> None:
+        """A shard of the model is there."""
         with self.shared.changed:
-            self.shared.assembly.share(region)
-        if self._listens_to:
-            self._listen_to(WIRE, HERE)
-
-    def _listen_to(self, *topics: bytes) -> None:
-        """Subscribe to these broadcasts and no others; the new ones first, so that nothing is missed."""
-        assert self._sub is not None
-        for topic in topics:
-            if topic not in self._listens_to:
-                self._sub.subscribe(topic)
-        for topic in self._listens_to:
-            if topic not in topics:
-                self._sub.unsubscribe(topic)
-        self._listens_to = list(topics)
+            self._begin_if_away()
+            self.shared.changed.notify_all()
 
     def _begin_if_away(self) -> None:
         """A worker that overlaps is in the new round from now on, in the middle of a step."""
-        session, assembly = self.shared.session, self.shared.assembly
-        assert assembly is not None
-        if session is not None and session.away and assembly.version > session.round:
-            session.begin(assembly.version)
+        session, model = self.shared.session, self.shared.model
+        assert model is not None
+        if session is not None and session.away and model.newer:
+            model.begun = model.versions
+            session.begin(model.version)
             self.shared.awaiting = None
             resumed = self.shared.resumed
             self._send(session.query(running_s=time.perf_counter() - resumed if resumed else 0.0))
 
-    def _on_want(self, message: Want) -> None:
-        """The parameter server lacks something of ours."""
+    def _on_want(self, channel: Channel, round: int, chunks: list[int]) -> None:
+        """A parameter server lacks something of ours."""
         shared = self.shared
         with shared.changed:
-            assert shared.assembly is not None
             welcome, update, initial = shared.welcome, shared.update, shared.initial
-            count = len(shared.assembly.layout.chunks)
-            shared.assembly.served_by(message.incarnation)
-        chunks = [i for i in message.chunks if type(i) is int and 0 <= i < count]
-        if message.round == INITIAL:
+        if round == INITIAL:
             mine = welcome is not None and welcome.rank == 0
             if initial is not None and (chunks or mine):
-                self._queue_update(initial, chunks or None)
-        elif update is not None and update.round == message.round:
-            self._queue_update(update, chunks)
+                for i in chunks or range(len(channel.chunks)):
+                    self._send_chunk(channel, initial, i)
+        elif update is not None and update.rounds[channel.shard] == round:
+            for i in chunks:
+                self._send_chunk(channel, update, i)
 
     # As time goes by
 
@@ -478,11 +351,13 @@ class Link(threading.Thread):
         if shared.welcome is not None and now >= self._beat_at:
             self._beat_at = now + min(2.0, shared.welcome.heartbeat_s / 4)
             self._beat()
-        if self._offered_at is not None and now - self._offered_at > RETRY_S:
-            self._offer()
-        if shared.awaiting is not None and now - self.progress_at > RETRY_S:
-            self.progress_at = now
-            self.fetch()
+        for channel in self._channels:
+            channel.on_time(now)
+        if shared.awaiting is not None:
+            late = [c for c in self._channels if now - c.progress_at > RETRY_S]
+            for channel in late:
+                channel.progress_at = now
+            self._fetch(late)
 
     def _beat(self) -> None:
         with self.shared.changed:
@@ -496,17 +371,16 @@ class Link(threading.Thread):
                 )
         self._send(report)
 
-    def fetch(self) -> None:
-        """Ask the parameter server for whatever the training thread waits for."""
-        shared = self.shared
-        with shared.changed:
-            if shared.assembly is None or shared.awaiting is None:
-                return
-            version, missing = shared.assembly.missing()
-            update = shared.update
-            pushed = update.round if update and update.round == shared.awaiting else -1
-            message = Fetch(self._join.worker, shared.awaiting, pushed, version, missing)
-        self._outbound(message)
+    def _fetch(self, channels: list[Channel]) -> None:
+        """Ask these parameter servers for whatever the training thread waits for."""
+        with self.shared.changed:
+            awaiting, update = self.shared.awaiting, self.shared.update
+        for channel in channels if awaiting is not None else ():
+            assert awaiting is not None
+            awaited = awaiting[channel.shard]
+            if channel.assembly.version <= awaited:
+                mine = update is not None and update.rounds[channel.shard] == awaited
+                channel.fetch(awaited, awaited if mine else -1)
 
     def _tell(self, text: str) -> None:
         if text != self._last_said:
@@ -525,3 +399,12 @@ class Link(threading.Thread):
             self.inbox.put(Leave(self._join.worker, reason, self._join.life))
             self.inbox.put(None)
             self.join(timeout=5)
+
+
+def _endpoints(raw: Any, state: str) -> tuple[str, str]:
+    """(push, model) of a parameter server, as they are reached from here."""
+    pair = (raw.get("push"), raw.get("model")) if isinstance(raw, dict) else (None, None)
+    push, model = pair
+    if not isinstance(push, str) or not isinstance(model, str):
+        raise MessageError("bad-field", "welcome.endpoints need push and model")
+    return transport.resolved(push, state), transport.resolved(model, state)

@@ -6,9 +6,7 @@ it; arrays on an accelerator are packed and unpacked there.
 
 from __future__ import annotations
 
-import bisect
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -16,11 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from esync.errors import ModelError
-from esync.tensors import DELTA, VALUE, Layout, Leaf, Vector, layout_of
+from esync.tensors import DELTA, VALUE, Layout, Leaf, Parts, Pieces, Vector, layout_of
 
 Tree = Any
-Parts = Sequence[Vector]
-"""A vector in pieces, as it arrives; one piece is one too."""
 
 
 def is_batch_norm(path: str) -> bool:
@@ -123,25 +119,6 @@ class Packer:
         return params, stats, self._packing.base(parts)
 
 
-class Pieces:
-    """Looks up where in its parts a stretch of a vector lies."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._ends = list(itertools.accumulate(part.size for part in parts))
-
-    def of(self, start: int, size: int) -> Iterator[tuple[int, Vector]]:
-        """(offset in the stretch, view) of each piece of the `size` elements from `start` on."""
-        at = start
-        while at < start + size:
-            k = bisect.bisect_right(self._ends, at)
-            part = self._parts[k]
-            begin = self._ends[k] - part.size
-            stop = min(start + size, self._ends[k])
-            yield at - start, part[at - begin : stop - begin]
-            at = stop
-
-
 class _Packing(Protocol):
     def __init__(self, packer: Packer) -> None: ...
 
@@ -178,9 +155,11 @@ class _InHostMemory:
         leaves: list[Any] = [None] * len(packer.layout.leaves)
         model, device = Pieces(parts), packer._device
         for i, leaf, at in packer.places():
-            found = [part for _, part in model.of(at, leaf.size)] or [np.zeros(0, np.float32)]
-            whole = found[0] if len(found) == 1 else np.concatenate(found)
-            leaves[i] = whole.astype(leaf.dtype, copy=packer._numpy).reshape(leaf.shape)
+            leaves[i] = (
+                model.whole(at, leaf.size)
+                .astype(leaf.dtype, copy=packer._numpy)
+                .reshape(leaf.shape)
+            )
         if not packer._numpy:
             leaves = [
                 put if _address(put) != _address(leaf) else jax.device_put(leaf.copy(), device)

@@ -1,0 +1,110 @@
+"""What is on its way to each subscriber, and what goes next. A decision: no socket, no clock.
+
+A subscriber says what has arrived (`have`), and no more than a window is handed to its connection before. The rest
+waits here, as references to the model that is kept anyway. When a newer version is complete, that takes the place of
+an older one for whoever makes no progress: a subscriber that has stopped keeps the window's worth of old chunks alive,
+and nothing else. (One that is only slow gets the version to its end: else it might never have a whole one.)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from esync.ps.aggregation import Published
+
+WINDOW_BYTES = 32 << 20
+"""On the way to one subscriber at a time: what a link of 10 Gbit/s carries in 25 ms."""
+LOST_S = 2.0
+"""After so long without progress what is on its way is taken for lost, if the subscriber asks."""
+STUCK_S = 10.0
+"""After so long without progress a subscriber gets no older version than the newest."""
+
+
+@dataclass(slots=True)
+class _Line:
+    """One subscriber's: what waits, and what is on its way: (version, chunk, bytes), `bytes` of them together."""
+
+    progress_at: float
+    waiting: deque[Published] = field(default_factory=deque)
+    sent: deque[tuple[int, int, int]] = field(default_factory=deque)
+    bytes: int = 0
+    patience: float = 1.0  # by how much more this one's slow link needs
+
+
+class Delivery:
+    """The lines of all subscribers. Times are seconds of any one clock."""
+
+    def __init__(self, window_bytes: int = WINDOW_BYTES) -> None:
+        self._window = window_bytes
+        self._lines: dict[str, _Line] = {}
+
+    def put(self, worker: str, event: Published, now: float) -> None:
+        """A chunk is to be sent to a subscriber."""
+        self._line(worker, now).waiting.append(event)
+
+    def forget(self, worker: str) -> None:
+        """A subscriber is gone, or has a new connection: nothing waits for it, and nothing is on its way."""
+        self._lines.pop(worker, None)
+
+    def withdraw(self, worker: str) -> None:
+        """What waits for a subscriber is not to be sent."""
+        if worker in self._lines:
+            self._lines[worker].waiting.clear()
+
+    def next(self, worker: str) -> Iterator[Published]:
+        """What may be handed to the subscriber's connection now; to be followed by `sent` for each."""
+        line = self._lines.get(worker)
+        while line is not None and line.waiting and line.bytes < self._window:
+            yield line.waiting.popleft()
+
+    def sent(self, worker: str, event: Published, size: int, now: float) -> None:
+        """A chunk has been handed over, in so many bytes."""
+        line = self._line(worker, now)
+        if not line.sent:
+            line.progress_at = now
+        line.sent.append((event.version, event.chunk, size))
+        line.bytes += size
+
+    def have(self, worker: str, version: int, chunk: int, now: float) -> None:
+        """Everything sent to a subscriber up to this has arrived. What was not sent changes nothing."""
+        line = self._lines.get(worker)
+        if line is None or not any(row[:2] == (version, chunk) for row in line.sent):
+            return
+        line.progress_at = now
+        while True:
+            *row, size = line.sent.popleft()
+            line.bytes -= size
+            if row == [version, chunk]:
+                return
+
+    def is_busy(self, worker: str, now: float) -> bool:
+        """Whether something is on its way; asked because the subscriber misses something.
+
+        What makes no progress for long is lost, with the connection that took it. On a slow link the next chunk may
+        just take long, so each time this needs more patience.
+        """
+        line = self._lines.get(worker)
+        if line is None or not line.sent:
+            return False
+        if now - line.progress_at <= LOST_S * line.patience:
+            return True
+        self._lines[worker] = _Line(now, patience=2 * line.patience)
+        return False
+
+    def completed(self, version: int, chunks: Callable[[], list[Published]], now: float) -> None:
+        """A version is complete: who waits for parts of an older one, and is stuck, gets this instead."""
+        for line in self._lines.values():
+            if (
+                line.waiting
+                and line.waiting[0].version < version
+                and now - line.progress_at > STUCK_S * line.patience
+            ):
+                line.patience *= 2
+                line.waiting = deque(chunks())
+
+    def _line(self, worker: str, now: float) -> _Line:
+        if worker not in self._lines:
+            self._lines[worker] = _Line(now)
+        return self._lines[worker]

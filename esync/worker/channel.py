@@ -1,0 +1,269 @@
+"""One parameter server, as a worker sees it: updates go to it, its shard of the model comes from it. Everything here
+happens in the thread of the worker's link.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import zmq
+
+from esync import messages, transport
+from esync.compression import Compressor, Payload
+from esync.messages import (
+    NO_SHARED_MEMORY,
+    Error,
+    Fetch,
+    Have,
+    Message,
+    MessageError,
+    Model,
+    Offer,
+    Update,
+    Want,
+)
+from esync.shared_memory import MODEL_SLOTS, Region, SharedMemoryError
+from esync.tensors import Vector
+from esync.worker.assembly import Assembly
+
+log = logging.getLogger("esync.worker")
+RETRY_S = 1.0
+"""After so long without progress what was asked for is asked for again."""
+HAVE_BYTES = 4 << 20
+"""What has arrived is said so often; less than what the server sends ahead."""
+RECV_BURST = 64
+
+
+@dataclass(slots=True)
+class Push:
+    """An update to be sent.
+
+    Attributes:
+        flat: of all shards.
+        rounds: of each shard the version that it was computed from, or `INITIAL`.
+        payloads: (shard, chunk) -> its encoding and bytes, once they have been sent: what is lost is sent again as it
+            was.
+    """
+
+    flat: Vector
+    rounds: tuple[int, ...]
+    steps: int
+    samples: int
+    payloads: dict[tuple[int, int], tuple[str, Payload]] = field(default_factory=dict)
+
+
+class Channel:
+    """The connections to one parameter server.
+
+    Args:
+        shard: which of the model's shards it keeps.
+        endpoints: its own, in the order push, model.
+        role: `worker` or `evaluator`.
+        memory: gives the memory in which this worker's updates are put for servers on this machine, or None.
+        on_complete: a version of the shard is complete.
+        on_error: the server refused something.
+        on_want: the server wants chunks (none named: all) of an update again.
+    """
+
+    def __init__(
+        self,
+        shard: int,
+        endpoints: tuple[str, str],
+        assembly: Assembly,
+        compressor: Compressor,
+        chunks: range,
+        *,
+        worker: str,
+        role: str,
+        memory: Callable[[], Region | None],
+        on_complete: Callable[[], None],
+        on_error: Callable[[Error], None],
+        on_want: Callable[[Channel, int, list[int]], None],
+        context: zmq.Context[Any],
+        poller: zmq.Poller,
+    ) -> None:
+        self.shard, self.assembly, self.chunks = shard, assembly, chunks
+        self.puts = False  # updates into memory: the server has mapped it
+        self.progress_at = time.monotonic()
+        self._worker, self._compressor = worker, compressor
+        self._whole_memory = memory
+        self._memory: Region | None = None  # this shard's part of it
+        self._on_complete, self._on_error, self._on_want = on_complete, on_error, on_want
+        self._poller = poller
+        self._outgoing: deque[list[Any]] = deque()
+        self._offered_to = ""  # the incarnation of the server
+        self._offered_at: float | None = None  # until there is an answer
+        self._received = 0  # bytes since we said what has arrived
+        push, model = endpoints
+        self._push = transport.push(context, push)
+        self.sub = transport.xsub(
+            context, model, f"{'e' if role == 'evaluator' else 'w'}/{worker}/".encode()
+        )
+        poller.register(self.sub, zmq.POLLIN)
+
+    def close(self) -> None:
+        self._push.close()
+        self.sub.close()
+
+    # To the server
+
+    @property
+    def blocked(self) -> bool:
+        """Whether something waits to be sent."""
+        return bool(self._outgoing)
+
+    def post(self, message: Message) -> None:
+        """Send a message without a payload."""
+        self._outgoing.append([messages.encode(message)])
+        self.flush()
+
+    def push_chunk(self, update: Push, chunk: int, part: Vector, *, in_place: bool) -> None:
+        """Send a chunk of this shard: itself, or word that it lies in shared memory.
+
+        Args:
+            in_place: `part` is in that memory already.
+        """
+        header = Update(
+            self._worker,
+            update.rounds[self.shard],
+            chunk,
+            self.assembly.layout.digest,
+            update.steps,
+            update.samples,
+            incarnation=self.assembly.incarnation,
+        )
+        if self.puts and self._memory is not None:
+            if self._memory.stamps[0, chunk] != header.round:
+                if not in_place:
+                    np.copyto(self._memory.begin(0, chunk), part)
+                self._memory.finish(0, chunk, header.round)
+            header.slot = 0
+            self._outgoing.append([messages.encode(header)])
+        else:
+            key = self.shard, chunk
+            if key not in update.payloads:
+                update.payloads[key] = self._compressor.encode(chunk, part, header.round)
+            header.encoding, payload = update.payloads[key]
+            self._outgoing.append([messages.encode(header), payload])
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the socket takes; it says when it takes more."""
+        while self._outgoing:
+            try:
+                self._push.send_multipart(self._outgoing[0], zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                self._poller.register(self._push, zmq.POLLOUT)
+                return
+            self._outgoing.popleft()
+        self._poller.register(self._push, 0)
+
+    def fetch(self, awaited: int, pushed: int) -> None:
+        """Ask for a version newer than the `awaited` one; `pushed` is the round of the update whose effect that is."""
+        version, missing = self.assembly.missing()
+        self.post(Fetch(self._worker, awaited, pushed, version, missing))
+
+    def on_time(self, now: float) -> None:
+        """Time has passed."""
+        if self._offered_at is not None and now - self._offered_at > RETRY_S:
+            self._offer()
+
+    # From the server
+
+    def receive(self) -> None:
+        """Take what has arrived."""
+        for _ in range(RECV_BURST):
+            try:
+                frames = self.sub.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                self._on_data(frames)
+            except MessageError as error:
+                log.warning(
+                    "a parameter server sent something unusable: %s: %s", error.code, error.text
+                )
+                if error.code == "version-mismatch":
+                    self._on_error(Error(error.code, error.text))
+
+    def _on_data(self, frames: list[zmq.Frame]) -> None:
+        if len(frames) < 2:
+            raise MessageError("bad-frames", "a model message has a topic and a header")
+        message = messages.decode(frames[1].buffer)
+        if isinstance(message, Model):
+            if len(frames) != (3 if message.slot < 0 else 2):
+                raise MessageError("bad-frames", "a model message has one payload or a slot")
+            self._on_model(message, frames[2].buffer if message.slot < 0 else None)
+        elif isinstance(message, Want):
+            self._meet(message.incarnation)
+            count = len(self.assembly.layout.chunks)
+            self.assembly.served_by(message.incarnation)
+            chunks = [i for i in message.chunks if type(i) is int and 0 <= i < count]
+            self._on_want(self, message.round, chunks)
+        elif isinstance(message, Offer):
+            self._on_offer(message)
+        elif isinstance(message, Error) and message.code == NO_SHARED_MEMORY:
+            log.info("the exchange goes over sockets: %s", message.text)
+            again = self.puts  # it had been mapped: offer it once more, with the next model
+            self._share(None)
+            if again:
+                self._offered_to = ""
+        elif isinstance(message, Error):
+            self._on_error(message)
+
+    def _on_model(self, header: Model, payload: memoryview | None) -> None:
+        self.progress_at = time.monotonic()
+        self._meet(header.incarnation)
+        self._received += 0 if payload is None else payload.nbytes
+        complete = False
+        try:
+            complete = self.assembly.add(header, payload)  # no lock: only this thread adds
+        finally:
+            if complete or self._received >= HAVE_BYTES:
+                self._received = 0
+                have = Have(self._worker, header.version, header.chunk, complete)
+                self.sub.send(messages.encode(have), zmq.NOBLOCK)
+        if complete:
+            self._on_complete()
+
+    # Shared memory
+
+    def _meet(self, incarnation: str) -> None:
+        """Offer memory to a parameter server that we have not met yet; until it takes it, sockets carry everything."""
+        if incarnation in ("", self._offered_to):
+            return
+        self._offered_to = incarnation
+        self._share(None)
+        whole = self._whole_memory()
+        if whole is not None:
+            self._memory = whole.part(self.chunks)
+            self._offer()
+
+    def _offer(self) -> None:
+        assert self._memory is not None
+        self._offered_at = time.monotonic()
+        self.post(self._memory.offer(self._worker, self._offered_to))
+
+    def _on_offer(self, offer: Offer) -> None:
+        """The parameter server has mapped our memory, and offers its own."""
+        if offer.incarnation != self._offered_to:
+            return
+        self._offered_at = None
+        try:
+            if offer.fd >= 0:  # else only updates go through shared memory
+                self._share(Region.open(self.assembly.layout, MODEL_SLOTS, offer))
+            self.puts = True
+        except SharedMemoryError as error:
+            log.info("the exchange goes over sockets: %s", error)
+            self.post(Offer(self._worker, "", 0, -1, "", offer.incarnation))
+
+    def _share(self, region: Region | None) -> None:
+        """Have models in this memory of the parameter server from now on; None: over the socket, and updates too."""
+        self.puts, self._offered_at = False, None
+        self.assembly.share(region)
