@@ -408,7 +408,7 @@ class ClusterConfig:
 
 def ps_names(count: int) -> list[str]:
     """The names of so many parameter servers, in the order of their shards."""
-    return ["ps"] if count == 1 else [f"ps{shard}" for shard in range(count)]
+    return ["ps", *(f"ps{shard}" for shard in range(1, count))]
 
 
 def check_device(device: str) -> None:

@@ -659,10 +659,12 @@ class ParameterServer:
         self._backend = backend_for(self.config.device)
         self._context = context or zmq.Context.instance()
         self._run_dir = Path(run_dir) if run_dir else None
-        self._journal = Journal(self._run_dir / "ps.jsonl" if self._run_dir else None, "ps")
+        role = f"ps{shard}" if shard else "ps"
+        self._journal = Journal(self._run_dir / f"{role}.jsonl" if self._run_dir else None, role)
         self._say = say
         self._wait_s = wait_s
         self._error: BaseException | None = None
+        self._left = False
         self._version = 0
         self._pull = transport.pull(self._context)
         self._xpub = transport.xpub(self._context)
@@ -800,6 +802,9 @@ class ParameterServer:
 
     def _on_leave(self, peer: bytes, message: Leave) -> None:
         """The run is over (from the state server), or we were told to end (posted here)."""
+        if self._left:
+            return
+        self._left = True
         self._end_thread()
         if self.thread is not None and self._run_dir is not None:
             path = self._run_dir / model_name(self.thread.shard, self.thread.shards)

@@ -30,7 +30,7 @@ class Role:
     """One process.
 
     Attributes:
-        name: what people call it: `state`, `ps` (or `ps0`, `ps1`, ...), `evaluator`, or a worker's name.
+        name: what people call it: `state`, `ps` (and `ps1`, `ps2`, ...), `evaluator`, or a worker's name.
         command: what was run.
         log: the file with everything that it printed.
         host: the machine that it belongs on; empty: this one.
