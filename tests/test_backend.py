@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
-import types
+import threading
 
 import numpy as np
 import pytest
@@ -12,80 +11,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from esync import tensors
+from esync.config import RunConfig
 from esync.errors import DeviceError
-from esync.ps.backend import CupyBackend, NumpyBackend, backend_for
+from esync.messages import INITIAL
+from esync.ps.aggregation import Contribution, Mean
+from esync.ps.backend import MOST, CupyBackend, NumpyBackend, backend_for
+from esync.ps.staging import BUFFERS
+from esync.tensors import DELTA, VALUE, Layout, Leaf
+from tests.cupy_stand_in import stand_in
 
 numbers = st.floats(-100, 100, width=32)
 vectors = arrays(np.float32, 5, elements=numbers)
 scalars = st.sampled_from([0.0, 1.0, -1.0, 0.5, 3.0])
 
 
-class FakeArray(np.ndarray):
-    """Device memory: filled by `set` only, like CuPy's."""
-
-    def set(self, source):
-        assert isinstance(source, np.ndarray)
-        assert source.dtype == self.dtype
-        self[...] = source
-
-
-def fake_cupy(devices=2):
-    """A module with the parts of CuPy that the backend calls, on NumPy: kernels evaluate their expressions."""
-    cupy = types.ModuleType("cupy")
-    cupy.used = []
-    cupy.multiply = np.multiply
-    cupy.pinned = []
-
-    class Device:
-        def __init__(self, index):
-            self.index = index
-
-        def use(self):
-            cupy.used.append(self.index)
-
-    class ElementwiseKernel:
-        def __init__(self, inputs, outputs, operation, name):
-            assert name.startswith("esync_")
-            self.names = [each.split() for each in inputs.split(", ")]
-            (self.output,) = [each.split() for each in outputs.split(", ")]
-            self.operation = operation
-
-        def __call__(self, *values):
-            values = list(values)
-            target = values.pop() if len(values) > len(self.names) else None
-            scope = {}
-            for (kind, name), value in zip(self.names, values, strict=True):
-                assert kind == "float32"
-                assert value.dtype == np.float32, name
-                scope[name] = value
-            if target is None:
-                shape = np.broadcast_shapes(*(np.shape(value) for value in values))
-                target = np.empty(shape, np.float32).view(FakeArray)
-            scope[self.output[1]] = target.copy()
-            exec(self.operation, {"sqrt": np.sqrt}, scope)
-            target[...] = scope[self.output[1]]
-            return target
-
-    def alloc_pinned_memory(size):
-        cupy.pinned.append(size)
-        return (ctypes.c_byte * max(512, size))()  # CuPy's pool rounds up too
-
-    cupy.ElementwiseKernel = ElementwiseKernel
-    cupy.empty = lambda size, dtype: np.full(size, np.nan, dtype).view(FakeArray)
-    cupy.full = lambda size, value, dtype: np.full(size, value, dtype).view(FakeArray)
-    cupy.asnumpy = lambda x: np.array(x)
-    cupy.isfinite = np.isfinite
-    cupy.cuda = types.SimpleNamespace(
-        Device=Device,
-        runtime=types.SimpleNamespace(getDeviceCount=lambda: devices),
-        alloc_pinned_memory=alloc_pinned_memory,
-    )
-    return cupy
+SUMS, COPIES = 0, 1
+SCHEDULES = {
+    "all late": lambda stream: 0.0,
+    "sums late": lambda stream: float(stream != SUMS),
+    "copies late": lambda stream: float(stream != COPIES),
+    "all at once": lambda stream: 1.0,
+    "any": lambda stream: 0.5,
+}
+"""Name -> what the stand-in's streams do before they must; the backend's are numbered as it makes them."""
 
 
 @pytest.fixture
 def cupy(monkeypatch):
-    module = fake_cupy()
+    module = stand_in()
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
 
@@ -97,7 +51,7 @@ def frame(x):
 @pytest.fixture(params=["cpu", "cuda"])
 def backend(request, monkeypatch):
     if request.param == "cuda":
-        monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
+        monkeypatch.setitem(sys.modules, "cupy", stand_in())
     return backend_for(request.param)
 
 
@@ -173,51 +127,229 @@ def test_results_are_new_arrays_of_float32_and_the_operands_stay(a, b, c):
 
 
 def test_the_gpu_s_calls_give_what_numpy_gives(cupy):
-    """Runs CupyBackend's own code on a stand-in for CuPy made of NumPy: this checks which calls it makes and with
-    which operands, not CUDA."""
+    """Runs CupyBackend's own code on a stand-in for CuPy made of NumPy: this checks which calls it makes, in which
+    order and with which operands, not CUDA."""
     gpu, cpu = CupyBackend(1), NumpyBackend()
     assert gpu.name == "cuda:1"
-    assert cupy.used == [1]
     random = np.random.default_rng(0)
     frames = [frame(random.normal(size=9)) for _ in range(3)]
     a, b, c = (gpu.load(x) for x in frames)
     x, y, z = (cpu.load(x) for x in frames)
-    close = {"rtol": 1e-6, "atol": 1e-6}
-    np.testing.assert_array_equal(a, x)
-    np.testing.assert_allclose(gpu.scaled(a, 3.0), cpu.scaled(x, 3.0), **close)
-    np.testing.assert_allclose(gpu.blend(a, 0.5, b, -2.0), cpu.blend(x, 0.5, y, -2.0), **close)
-    np.testing.assert_allclose(gpu.blend(a, 1.0, b, 2.0), cpu.blend(x, 1.0, y, 2.0), **close)
-    np.testing.assert_allclose(
-        gpu.compensated(a, b, c, 0.4, 0.7), cpu.compensated(x, y, z, 0.4, 0.7), **close
-    )
-    np.testing.assert_array_equal(gpu.filled(a, 0.3), cpu.filled(x, 0.3))
-    np.testing.assert_allclose(
-        gpu.blend_square(a, 0.9, b, -2.0), cpu.blend_square(x, 0.9, y, -2.0), **close
-    )
+
+    def same(there, here, **close):
+        np.testing.assert_allclose(gpu.host(there), here, **(close or {"rtol": 1e-6, "atol": 1e-6}))
+
+    same(a, x, rtol=0)
+    same(gpu.scaled(a, 3.0), cpu.scaled(x, 3.0))
+    same(gpu.blend(a, 0.5, b, -2.0), cpu.blend(x, 0.5, y, -2.0))
+    same(gpu.blend(a, 1.0, b, 2.0), cpu.blend(x, 1.0, y, 2.0))
+    same(gpu.compensated(a, b, c, 0.4, 0.7), cpu.compensated(x, y, z, 0.4, 0.7))
+    same(gpu.filled(a, 0.3), cpu.filled(x, 0.3), rtol=0)
+    same(gpu.blend_square(a, 0.9, b, -2.0), cpu.blend_square(x, 0.9, y, -2.0))
     v, w = gpu.blend_square(c, 0.0, c, 1.0), cpu.blend_square(z, 0.0, z, 1.0)
-    np.testing.assert_allclose(
-        gpu.adaptive(a, b, v, 0.7, 0.1), cpu.adaptive(x, y, w, 0.7, 0.1), **close
-    )
+    same(gpu.adaptive(a, b, v, 0.7, 0.1), cpu.adaptive(x, y, w, 0.7, 0.1))
     total, expected = gpu.scaled(a, 1.0), cpu.scaled(x, 1.0)
     for weight in (1.0, 2.5):
         gpu.add_scaled(total, b, weight)
         cpu.add_scaled(expected, y, weight)
-    np.testing.assert_allclose(total, expected, **close)
-    assert bytes(gpu.host(total)) == np.asarray(total).tobytes()
-    np.testing.assert_array_equal(a, x)
+    same(total, expected)
+    assert gpu.blend(a, 2.0, total, 3.0, total) is total
+    same(total, cpu.blend(x, 2.0, expected, 3.0, expected))
+    assert gpu.scaled(total, 0.5, total) is total
+    same(total, cpu.scaled(expected, 0.5))
+    same(a, x, rtol=0)
 
 
-def test_the_gpu_s_staging_memory_is_pinned_once_and_grows_only_when_it_must(cupy):
-    """On the stand-in for CuPy, see above: the calls, not CUDA."""
+@pytest.mark.parametrize("count", [1, 2, 3, MOST, MOST + 1, 3 * MOST])
+def test_a_weighted_sum_is_what_its_terms_one_after_the_other_are(backend, count):
+    random = np.random.default_rng(count)
+    frames = [frame(random.normal(size=7)) for _ in range(count)]
+    weights = [float(x) for x in random.normal(size=count)]
+    xs = [backend.load(x) for x in frames]
+    expected = sum(w * x.astype(np.float64) for w, x in zip(weights, frames, strict=True))
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(backend.host(backend.weighted_sum(xs, weights)), expected, **near)
+    for x, sent in zip(xs, frames, strict=True):
+        np.testing.assert_array_equal(backend.host(x), sent)
+    out = backend.filled(xs[0], 9.0)
+    assert backend.weighted_sum(xs, weights, out) is out
+    np.testing.assert_allclose(backend.host(out), expected, **near)
+    xs[0] = backend.scaled(xs[0], 1.0)
+    assert backend.weighted_sum(xs, weights, xs[0]) is xs[0]
+    np.testing.assert_allclose(backend.host(xs[0]), expected, **near)
+
+
+# The GPU's calls on the stand-in: what waits for what, and what is used again. Not CUDA.
+
+
+def busy(gpu):
+    """More sums than there are buffers: true if every one of them is right."""
+    random = np.random.default_rng(1)
+    kept_frames = [frame(random.normal(size=6)) for _ in range(BUFFERS + 2)]
+    kept = [gpu.load(x) for x in kept_frames]
+    total, expected = gpu.scaled(gpu.load(kept_frames[0]), 1.0), kept_frames[0].copy()
+    for _ in range(5 * BUFFERS):
+        x = frame(random.normal(size=6))
+        gpu.add_scaled(total, gpu.load(x), 0.5)
+        expected += np.float32(0.5) * x
+    results = [gpu.host(total), *(gpu.host(x) for x in kept)]
+    return all(
+        np.allclose(there, here, rtol=1e-5, atol=1e-5)
+        for there, here in zip(results, [expected, *kept_frames], strict=True)
+    )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("seed", range(5))
+def test_whichever_stream_is_late_every_sum_is_right(monkeypatch, schedule, seed):
+    cupy = stand_in(seed=seed)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    cupy.schedule.hurry = SCHEDULES[schedule]
+    assert busy(CupyBackend())
+    assert cupy.schedule.pageable == 0
+
+
+def forget(cupy, what, stream):
+    """Have the stand-in forget a wait: by a stream, or by the host for a stream."""
+    kind = cupy.cuda.Stream if what == "wait_event" else cupy.cuda.Event
+    wait = getattr(kind, what)
+
+    def wait_unless(self, *event):
+        number = self.number if event else self.stream and self.stream.number
+        if number != stream:
+            wait(self, *event)
+
+    setattr(kind, what, wait_unless)
+
+
+@pytest.mark.parametrize(
+    ("what", "stream", "schedule"),
+    [
+        ("wait_event", SUMS, "copies late"),
+        ("wait_event", COPIES, "sums late"),
+        ("synchronize", SUMS, "all late"),
+        ("synchronize", COPIES, "all late"),
+    ],
+    ids=["sums-copies", "copies-sums", "host-result", "host-pinned"],
+)
+def test_each_wait_that_is_left_out_is_noticed_above(cupy, what, stream, schedule):
+    cupy.schedule.hurry = SCHEDULES[schedule]
+    forget(cupy, what, stream)
+    assert not busy(CupyBackend())
+
+
+def layout(monkeypatch):
+    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 8)
+    return Layout((Leaf(DELTA, "w", (30,), "float32"), Leaf(VALUE, "s", (5,), "float32")))
+
+
+def trained(backend, layout, **run):
+    """A model after three rounds of three workers."""
+    mean = Mean(layout, backend, RunConfig(mode="esync", weights="samples", **run))
+    random = np.random.default_rng(2)
+
+    def send(worker, round):
+        for i, at in enumerate(layout.chunks):
+            x = frame(random.normal(size=at.stop - at.start))
+            mean.receive(
+                Contribution(worker, round, i, backend.load(x), samples=1 + int(worker[1]))
+            )
+
+    send("w0", INITIAL)
+    mean.set_members({f"w{rank}": rank for rank in range(3)})
+    for round in range(3):
+        for rank in range(3):
+            send(f"w{rank}", round)
+    assert mean.version == 3
+    return np.concatenate([backend.host(x) for x in mean.chunks])
+
+
+@pytest.mark.parametrize("outer", ["sgd", "momentum", "nesterov", "adam"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_model_that_is_averaged_on_a_gpu_is_the_cpu_s(monkeypatch, cupy, schedule, outer):
+    cupy.schedule.hurry = SCHEDULES[schedule]
+    shape = layout(monkeypatch)
+    there = trained(CupyBackend(), shape, outer=outer)
+    here = trained(NumpyBackend(), shape, outer=outer)
+    np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gpu_is_the_same_one_in_whichever_thread_it_is_used(cupy):
+    gpu, results = CupyBackend(1), []
+
+    def work():
+        x = gpu.load(frame([1.0, 2.0]))
+        results.append((gpu.host(gpu.scaled(x, 2.0)), gpu.is_finite(x), x.device.id))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    ((doubled, finite, device),) = results
+    np.testing.assert_array_equal(doubled, [2.0, 4.0])
+    assert finite
+    assert device == 1
+    assert cupy.cuda.runtime.getDevice() == 0, "the caller's own device has changed"
+
+
+def test_the_gpu_s_pinned_memory_is_taken_once_and_grows_only_when_it_must(cupy):
     gpu = CupyBackend()
-    first = gpu.load(frame([1.0, 2.0, 3.0]))
-    second = gpu.load(frame([4.0, 5.0]))
-    assert cupy.pinned == [12]
-    np.testing.assert_array_equal(first, [1.0, 2.0, 3.0])
-    np.testing.assert_array_equal(second, [4.0, 5.0])
-    third = gpu.load(frame(np.arange(200.0)))
-    assert cupy.pinned == [12, 800]
-    np.testing.assert_array_equal(third, np.arange(200.0))
+    cupy.pinned.clear()
+    for size in (3, 2) * 10:
+        gpu.load(frame(np.arange(size)))
+    assert cupy.pinned == [12, 8, 12, 8]
+    for size in (2, 3) * 10:
+        gpu.load(frame(np.arange(size)))
+    assert cupy.pinned == [12, 8, 12, 8, 12, 12]
+    assert cupy.schedule.pageable == 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_gpu_s_memory_for_what_is_loaded_is_used_again_once_nobody_has_it(cupy, schedule):
+    cupy.schedule.hurry = SCHEDULES[schedule]
+    gpu = CupyBackend()
+    total = gpu.scaled(gpu.load(frame(np.zeros(5))), 1.0)
+    kept, view = gpu.load(frame(np.arange(5))), gpu.load(frame(np.arange(5)))[1:3]
+    before = len(cupy.memories)
+    for _ in range(50):
+        gpu.add_scaled(total, gpu.load(frame(np.ones(5))), 1.0)
+    assert len(cupy.memories) <= before + BUFFERS
+    np.testing.assert_array_equal(gpu.host(total), np.full(5, 50.0))
+    np.testing.assert_array_equal(gpu.host(kept), np.arange(5))
+    np.testing.assert_array_equal(gpu.host(view), [1, 2])
+
+
+def test_what_came_back_from_the_gpu_is_not_written_to_again(cupy):
+    gpu = CupyBackend()
+    results = [gpu.host(gpu.load(frame([i, -i]))) for i in range(3 * BUFFERS)]
+    np.testing.assert_array_equal(results, [[i, -i] for i in range(3 * BUFFERS)])
+
+
+def test_a_chunk_that_is_looked_at_on_a_gpu_stays_there(cupy):
+    gpu = CupyBackend()
+    good, bad = gpu.load(frame(np.ones(1000))), gpu.load(frame([np.nan] * 1000))
+    looked_at = [gpu.is_finite(x) for x in (good, bad, good, bad)]
+    assert looked_at == [True, False, True, False]
+    assert cupy.schedule.brought_back == [4] * 4
+
+
+def test_every_operation_on_a_gpu_is_one_kernel(cupy):
+    gpu = CupyBackend()
+    a, b, c = (gpu.load(frame(np.ones(4))) for _ in range(3))
+    for operation in (
+        lambda: gpu.scaled(a, 2.0),
+        lambda: gpu.scaled(a, 2.0, b),
+        lambda: gpu.add_scaled(a, b, 2.0),
+        lambda: gpu.blend(a, 2.0, b, 3.0),
+        lambda: gpu.blend(a, 2.0, b, 3.0, b),
+        lambda: gpu.blend_square(a, 2.0, b, 3.0),
+        lambda: gpu.compensated(a, b, c, 0.5, 0.5),
+        lambda: gpu.adaptive(a, b, c, 0.5, 0.5),
+        lambda: gpu.weighted_sum([a] * MOST, [1.0] * MOST),
+        lambda: gpu.is_finite(a),
+    ):
+        before = cupy.schedule.kernels
+        operation()
+        assert cupy.schedule.kernels == before + 1
 
 
 def test_a_gpu_that_is_not_there_is_said_to_be_so(cupy):

@@ -6,12 +6,15 @@ ZeroMQ send a model without a copy while the next one is already being made.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 
 from esync.compression import is_finite
 from esync.errors import DeviceError
+from esync.ps.staging import Staging
 from esync.tensors import Vector
 
 Array = Any
@@ -44,6 +47,14 @@ class Backend(Protocol):
         self, a: Array, alpha: float, b: Array, beta: float, out: Array | None = None
     ) -> Array:
         """`alpha * a + beta * b`. A new vector, or `out`, which may be b."""
+
+    def weighted_sum(
+        self, xs: Sequence[Array], weights: Sequence[float], out: Array | None = None
+    ) -> Array:
+        """`sum_i(weights[i] * xs[i])`, from left to right. A new vector, or `out`, which may be the first of `xs`.
+
+        What `scaled` and `add_scaled` do with one vector after the other; a GPU does it in one pass over memory.
+        """
 
     def blend_square(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
         """A new vector `alpha * a + beta * b * b`: a mean of squares that moves on."""
@@ -101,6 +112,16 @@ class NumpyBackend:
             out += np.float32(alpha) * a
         return out
 
+    def weighted_sum(
+        self, xs: Sequence[Array], weights: Sequence[float], out: Array | None = None
+    ) -> Array:
+        if len(xs) == 1:
+            return self.scaled(xs[0], weights[0], out)
+        total = self.blend(xs[1], weights[1], xs[0], weights[0], out)
+        for x, weight in zip(xs[2:], weights[2:], strict=True):
+            self.add_scaled(total, x, weight)
+        return total
+
     @_overflow_is_checked_later
     def blend_square(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
         out = np.multiply(b, b)
@@ -133,8 +154,21 @@ class NumpyBackend:
         return np.asarray(x)
 
 
+MOST = 8
+"""Vectors that one kernel adds up; more are added up by several, one after the other."""
+
+
+def _weighted(count: int) -> tuple[str, str]:
+    """The inputs and the expression of a kernel that adds up so many vectors."""
+    inputs = ", ".join(f"float32 x{i}, float32 w{i}" for i in range(count))
+    return inputs, " + ".join(f"w{i} * x{i}" for i in range(count))
+
+
 class CupyBackend:
-    """On a CUDA device: chunks go through pinned memory into device memory and are added up there.
+    """On a CUDA device: chunks go through pinned memory into device memory (`esync.ps.staging`) and are added up there.
+
+    Every operation is one kernel that reads each operand once and writes its result once. They run one after the other
+    on a stream of their own; nothing waits for them but `host` and `is_finite`. Any thread may call, one at a time.
 
     Raises:
         DeviceError: CuPy is not installed, or there is no such device.
@@ -162,77 +196,95 @@ class CupyBackend:
         self.name = f"cuda:{index}"
         self._cupy = cupy
         self._device = cupy.cuda.Device(index)
-        self._device.use()
-        self._pinned: Any = None
-        self._axpy = cupy.ElementwiseKernel(
-            "float32 x, float32 w", "float32 total", "total += w * x", "esync_axpy"
+        with self._device:
+            self._sums = cupy.cuda.Stream(non_blocking=True)
+            self._looked = cupy.cuda.Event(disable_timing=True)
+        with self._device, self._sums:
+            self._bad = cupy.empty(1, np.int32)
+        self._bad_here = np.ndarray((1,), np.int32, cupy.cuda.alloc_pinned_memory(4))
+        self._staging = Staging(cupy, self._device, self._sums)
+        self._find_bad = cupy.ElementwiseKernel(
+            "float32 x", "raw int32 bad", "if (!isfinite(x)) bad[0] = 1", "esync_find_bad"
         )
-        self._blend = cupy.ElementwiseKernel(
+        self._blend_square = self._kernel(
+            "blend_square",
             "float32 a, float32 alpha, float32 b, float32 beta",
-            "float32 out",
-            "out = alpha * a + beta * b",
-            "esync_blend",
+            "alpha * a + beta * b * b",
         )
-        self._blend_square = cupy.ElementwiseKernel(
-            "float32 a, float32 alpha, float32 b, float32 beta",
-            "float32 out",
-            "out = alpha * a + beta * b * b",
-            "esync_blend_square",
-        )
-        self._compensate = cupy.ElementwiseKernel(
+        self._compensate = self._kernel(
+            "compensate",
             "float32 base, float32 delta, float32 drift, float32 strength, float32 scale",
-            "float32 out",
-            "out = base + scale * (delta - strength * delta * delta * drift)",
-            "esync_compensate",
+            "base + scale * (delta - strength * delta * delta * drift)",
         )
-        self._adapt = cupy.ElementwiseKernel(
+        self._adapt = self._kernel(
+            "adapt",
             "float32 base, float32 m, float32 v, float32 scale, float32 epsilon",
-            "float32 out",
-            "out = base + scale * m / (sqrt(v) + epsilon)",
-            "esync_adapt",
+            "base + scale * m / (sqrt(v) + epsilon)",
         )
+        self._add_up = [self._kernel(f"add_{n}", *_weighted(n)) for n in range(1, MOST + 1)]
+
+    def _kernel(self, name: str, inputs: str, expression: str) -> Callable[..., Array]:
+        """`kernel(*operands, out=None)`, on the stream of the sums; a new vector, or `out`, which may be an operand."""
+        kernel = self._cupy.ElementwiseKernel(
+            inputs, "float32 out", f"out = {expression}", f"esync_{name}"
+        )
+
+        def launch(*operands: Any, out: Array | None = None) -> Array:
+            values = [np.float32(x) if isinstance(x, float) else x for x in operands]
+            with self._device, self._sums:  # also where a new vector's memory will be used again
+                return kernel(*values) if out is None else kernel(*values, out)
+
+        return launch
 
     def load(self, x: Vector) -> Array:
-        if self._pinned is None or self._pinned.size < x.size:
-            memory = self._cupy.cuda.alloc_pinned_memory(x.nbytes)
-            self._pinned = np.frombuffer(memory, np.float32, x.size)
-        staging = self._pinned[: x.size]
-        staging[:] = x
-        loaded = self._cupy.empty(x.size, np.float32)
-        loaded.set(staging)  # returns when the staging buffer may be used again
-        return loaded
+        return self._staging.load(x)
 
     def is_finite(self, x: Array) -> bool:
-        return bool(self._cupy.isfinite(x).all())
+        with self._device, self._sums:
+            self._bad.data.memset_async(0, 4, self._sums)
+            self._find_bad(x, self._bad)
+            self._bad.get(stream=self._sums, out=self._bad_here, blocking=False)
+            self._looked.record(self._sums)
+            self._looked.synchronize()
+        return not self._bad_here[0]
 
     def filled(self, x: Array, value: float) -> Array:
-        return self._cupy.full(x.size, value, np.float32)
+        with self._device, self._sums:
+            return self._cupy.full(x.size, value, np.float32)
 
     def scaled(self, x: Array, weight: float, out: Array | None = None) -> Array:
-        return self._cupy.multiply(x, np.float32(weight), out=out)  # out may be x
+        return self._add_up[0](x, weight, out=out)
 
     def add_scaled(self, total: Array, x: Array, weight: float) -> None:
-        self._axpy(x, np.float32(weight), total)
+        self._add_up[1](total, 1.0, x, weight, out=total)
 
     def blend(
         self, a: Array, alpha: float, b: Array, beta: float, out: Array | None = None
     ) -> Array:
-        arguments = (a, np.float32(alpha), b, np.float32(beta))
-        return self._blend(*arguments) if out is None else self._blend(*arguments, out)
+        return self._add_up[1](a, alpha, b, beta, out=out)
+
+    def weighted_sum(
+        self, xs: Sequence[Array], weights: Sequence[float], out: Array | None = None
+    ) -> Array:
+        terms = list(zip(xs, weights, strict=True))
+        while len(terms) > MOST:
+            out = self._add_up[-1](*chain(*terms[:MOST]), out=out)
+            terms = [(out, 1.0), *terms[MOST:]]
+        return self._add_up[len(terms) - 1](*chain(*terms), out=out)
 
     def blend_square(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
-        return self._blend_square(a, np.float32(alpha), b, np.float32(beta))
+        return self._blend_square(a, alpha, b, beta)
 
     def compensated(
         self, base: Array, delta: Array, drift: Array, strength: float, scale: float
     ) -> Array:
-        return self._compensate(base, delta, drift, np.float32(strength), np.float32(scale))
+        return self._compensate(base, delta, drift, strength, scale)
 
     def adaptive(self, base: Array, m: Array, v: Array, scale: float, epsilon: float) -> Array:
-        return self._adapt(base, m, v, np.float32(scale), np.float32(epsilon))
+        return self._adapt(base, m, v, scale, epsilon)
 
     def host(self, x: Array) -> Vector:
-        return np.asarray(self._cupy.asnumpy(x))
+        return self._staging.host(x)
 
 
 def backend_for(device: str) -> Backend:

@@ -1,0 +1,434 @@
+"""A stand-in for CuPy, made of NumPy, whose streams do nothing before they must.
+
+It has the parts of CuPy that esync calls, with their documented signatures. Kernels evaluate their expressions. What is
+put on a stream stays there until somebody waits for it (`Event.synchronize`, a blocking `get`), or until the stand-in
+thinks fit: `hurry(stream)` says how likely a stream is to do what it can do at once. So who
+forgets to wait finds memory that has not been written to yet, or that has been overwritten already. Memory that was
+never written to holds NaN.
+
+Several processes on one GPU are several modules with one `Gpu`: each has its own addresses for its memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import random
+import re
+import secrets
+import threading
+import types
+import weakref
+from collections import deque
+
+import numpy as np
+
+HANDLE_BYTES = 64
+
+
+class CUDARuntimeError(RuntimeError):
+    """As cupy.cuda.runtime.CUDARuntimeError."""
+
+
+class Gpu:
+    """A machine's devices: their memory, and what is offered of it to other processes."""
+
+    def __init__(self, devices=2):
+        self.uuids = [secrets.token_bytes(16) for _ in range(devices)]
+        self.offered = {}
+
+
+def allocation(size):
+    memory = np.empty(size, np.uint8)
+    memory[: size // 4 * 4].view(np.float32)[:] = np.nan
+    return memory
+
+
+class Schedule:
+    """What became of the streams of one module.
+
+    Attributes:
+        hurry: stream (numbered as they are made) -> how likely it does what it can do at once; 0: not before it must.
+        pageable: how many copies were from memory of the host that is not pinned: those are slow.
+        brought_back: bytes of each copy to the host.
+        kernels: how many were launched.
+    """
+
+    def __init__(self, seed=0):
+        self.random = random.Random(seed)
+        self.hurry = lambda stream: 0.0
+        self.streams = []
+        self.pageable = 0
+        self.kernels = 0
+        self.brought_back = []
+
+    def settle(self):
+        """Let streams do what they can and feel like doing."""
+        moved = True
+        while moved:
+            moved = False
+            for stream in self.streams:
+                if stream.work and self.random.random() < self.hurry(stream.number):
+                    moved |= stream.do_next()
+
+
+def stand_in(gpu=None, seed=0):
+    """A module `cupy`, as one process has it."""
+    gpu = gpu or Gpu()
+    cupy = types.ModuleType("cupy")
+    cupy.schedule = schedule = Schedule(seed)
+    cupy.gpu = gpu
+    cupy.pinned = []
+    memories = {}  # address -> weak reference to (memory, device)
+    here = threading.local()
+    addresses = itertools.count(1 << 40, 1 << 32)
+
+    def current_device():
+        return getattr(here, "device", 0)
+
+    # Streams
+
+    class Event:
+        def __init__(self, block=False, disable_timing=False, interprocess=False):
+            self.device = current_device()
+            self.recorded = self.reached = 0
+            self.stream = None
+
+        @property
+        def done(self):
+            return self.reached >= self.recorded
+
+        def record(self, stream=None):
+            stream = stream or cupy.cuda.get_current_stream()
+            assert stream.device_id == self.device, "event and stream are of two devices"
+            self.recorded += 1
+            self.stream = stream
+            stream.put(lambda mark=self.recorded: setattr(self, "reached", mark))
+
+        def synchronize(self):
+            self.bring_to(self.recorded)
+
+        def bring_to(self, mark):
+            while self.reached < mark:
+                assert self.stream.must_do_next(), "streams wait for each other"
+
+    class Stream:
+        def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
+            self.device_id = current_device()
+            self.work = deque()  # (what, event to wait for, its mark)
+            self.number = len(schedule.streams)
+            schedule.streams.append(self)
+
+        def put(self, what, event=None, mark=0):
+            self.work.append((what, event, mark))
+            schedule.settle()
+
+        def do_next(self):
+            what, event, mark = self.work[0]
+            if event is not None and event.reached < mark:
+                return False
+            self.work.popleft()
+            what()
+            return True
+
+        def must_do_next(self):
+            if not self.work:
+                return False
+            _, event, mark = self.work[0]
+            if event is not None:
+                event.bring_to(mark)
+            return self.do_next()
+
+        def wait_event(self, event):
+            self.put(lambda: None, event, event.recorded)
+
+        def record(self, event=None):
+            event = event or Event()
+            event.record(self)
+            return event
+
+        def synchronize(self):
+            while self.work:
+                self.must_do_next()
+
+        def __enter__(self):
+            assert self.device_id == current_device(), "the stream is another device's"
+            self.stack().append(self)
+            return self
+
+        def __exit__(self, *args):
+            assert self.stack().pop() is self
+
+        @staticmethod
+        def stack():
+            if not hasattr(here, "streams"):
+                here.streams = []
+            return here.streams
+
+    default = {}
+
+    def get_current_stream():
+        stack = Stream.stack()
+        if stack and stack[-1].device_id == current_device():
+            return stack[-1]
+        if current_device() not in default:
+            default[current_device()] = Stream()
+        return default[current_device()]
+
+    class Device:
+        def __init__(self, device=None):
+            self.id = current_device() if device is None else int(device)
+
+        def __enter__(self):
+            here.devices = [*getattr(here, "devices", []), current_device()]
+            here.device = self.id
+            return self
+
+        def __exit__(self, *args):
+            here.device = here.devices.pop()
+
+        def use(self):
+            here.device = self.id
+            return self
+
+    # Memory
+
+    def take(memory, device):
+        address = next(addresses)
+        memories[address] = (memory, device)
+        return address
+
+    def give(address):
+        del memories[address]
+
+    class Memory:
+        """cudaMalloc'd, until its end."""
+
+        def __init__(self, size):
+            self.size, self.device_id = size, current_device()
+            self.ptr = take(allocation(size), self.device_id)
+            weakref.finalize(self, give, self.ptr)
+
+    pool = {}  # (stream, bytes) -> memory that was let go of
+
+    class Pooled:
+        """The pool's: what is let go of goes to who asks next on the same stream, done with or not."""
+
+        def __init__(self, size):
+            key = (get_current_stream().number, size)
+            self.mem = pool[key].pop() if pool.get(key) else Memory(size)
+            self.size, self.device_id, self.ptr = size, self.mem.device_id, self.mem.ptr
+            weakref.finalize(self, pool.setdefault(key, []).append, self.mem)
+
+    class UnownedMemory:
+        def __init__(self, ptr, size, owner, device_id=-1):
+            assert device_id >= 0
+            self.ptr, self.size, self.device_id, self._owner = ptr, size, device_id, owner
+
+    class MemoryPointer:
+        def __init__(self, mem, offset):
+            self.mem, self.ptr, self.device_id = mem, mem.ptr + offset, mem.device_id
+
+        def bytes_of(self, size):
+            base = self.ptr >> 32 << 32
+            if base not in memories:
+                raise CUDARuntimeError("cudaErrorIllegalAddress")
+            memory, _ = memories[base]
+            at = self.ptr - base
+            assert at + size <= memory.size, "beyond the allocation"
+            return memory[at : at + size]
+
+        def memset_async(self, value, size, stream=None):
+            target = self.bytes_of(size)
+            (stream or get_current_stream()).put(lambda: target.__setitem__(slice(None), value))
+
+        def copy_from_device_async(self, src, size, stream=None):
+            target, source = self.bytes_of(size), src.bytes_of(size)
+            (stream or get_current_stream()).put(lambda: np.copyto(target, source))
+
+    pinned = []  # (first address, one after the last)
+
+    def alloc_pinned_memory(size):
+        cupy.pinned.append(size)
+        memory = (ctypes.c_byte * max(512, size))()  # CuPy's pool rounds up too
+        pinned.append((ctypes.addressof(memory), ctypes.addressof(memory) + len(memory)))
+        return memory
+
+    def is_pinned(x):
+        return any(first <= x.ctypes.data < last for first, last in pinned)
+
+    # Arrays
+
+    class ndarray:
+        def __init__(self, shape, dtype=float, memptr=None, strides=None, order="C"):
+            self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+            self.dtype = np.dtype(dtype)
+            self.size = int(np.prod(self.shape))
+            self.nbytes = self.size * self.dtype.itemsize
+            self.data = memptr or MemoryPointer(Pooled(self.nbytes), 0)
+            self.device = Device(self.data.device_id)
+            self.flags = types.SimpleNamespace(c_contiguous=strides is None)
+
+        def __array__(self, *args, **kwargs):
+            raise TypeError("Implicit conversion to a NumPy array is not allowed.")
+
+        def __getitem__(self, index):
+            start, stop, step = index.indices(self.size)
+            assert step == 1
+            assert len(self.shape) == 1
+            pointer = MemoryPointer(
+                self.data.mem, self.data.ptr - self.data.mem.ptr + start * self.dtype.itemsize
+            )
+            return ndarray((max(0, stop - start),), self.dtype, pointer)
+
+        def reshape(self, size):
+            assert size == -1
+            return ndarray((self.size,), self.dtype, self.data)
+
+        def now(self):
+            """The values, whatever has been done to them so far."""
+            return self.data.bytes_of(self.nbytes).view(self.dtype).reshape(self.shape)
+
+        def set(self, arr, stream=None):
+            assert isinstance(arr, np.ndarray)
+            assert (arr.dtype, arr.shape) == (self.dtype, self.shape)
+            if not is_pinned(arr):
+                schedule.pageable += 1
+                arr = arr.copy()  # CUDA stages it itself
+            target = self.now()
+            (stream or get_current_stream()).put(lambda: np.copyto(target, arr))
+
+        def get(self, stream=None, order="C", out=None, blocking=True):
+            stream = stream or get_current_stream()
+            out = np.full(self.shape, np.nan).astype(self.dtype) if out is None else out
+            assert (out.dtype, out.shape) == (self.dtype, self.shape)
+            source = self.now()
+            schedule.brought_back.append(self.nbytes)
+            stream.put(lambda: np.copyto(out, source))
+            if blocking or not is_pinned(out):
+                stream.synchronize()
+            return out
+
+    class ElementwiseKernel:
+        def __init__(self, in_params, out_params, operation, name="kernel"):
+            assert name.startswith("esync_")
+            self.names = [each.split()[-1] for each in in_params.split(", ")]
+            assert all(each.split()[:-1] == ["float32"] for each in in_params.split(", "))
+            self.raw = out_params.startswith("raw ")
+            self.output = out_params.split()[-1]
+            # The one statement among the kernels that is not Python too.
+            self.operation = re.sub(
+                r"if \(!isfinite\((\w+)\)\) (\w+)\[0\] = 1",
+                r"\2[0] |= not isfinite(\1).all()",
+                operation,
+            )
+
+        def __call__(self, *values):
+            values = list(values)
+            target = values.pop() if len(values) > len(self.names) else None
+            names, arrays = {}, []
+            for name, value in zip(self.names, values, strict=True):
+                assert value.dtype == np.float32, name
+                if isinstance(value, ndarray):
+                    assert value.device.id == current_device(), "the array is another device's"
+                    arrays.append(value)
+                    value = value.now()  # a launch does not keep the array alive
+                names[name] = value
+            if target is None:
+                assert not self.raw, "Output array size is Undecided"
+                target = ndarray(arrays[0].shape, np.float32)
+            assert self.raw or target.shape == arrays[0].shape, "Out shape is mismatched"
+            schedule.kernels += 1
+            written = target.now()
+
+            def run():
+                names[self.output] = written if self.raw else None
+                with np.errstate(all="ignore"):
+                    exec(self.operation, {"sqrt": np.sqrt, "isfinite": np.isfinite}, names)
+                if not self.raw:
+                    written[...] = names[self.output]
+
+            get_current_stream().put(run)
+            return target
+
+    def full(shape, fill_value, dtype=None):
+        new = ndarray(shape, dtype)
+        target = new.now()
+        get_current_stream().put(lambda: target.fill(fill_value))
+        return new
+
+    def from_dlpack(array):
+        kind, device = array.__dlpack_device__()
+        assert (kind, device) == (2, array.on_device.device.id)
+        return array.__dlpack__(stream=1)
+
+    # Processes
+
+    def malloc(size):
+        return take(allocation(size), current_device())
+
+    def ipc_get(ptr):
+        if ptr not in memories:
+            raise CUDARuntimeError("cudaErrorInvalidValue: invalid argument")
+        handle = secrets.token_bytes(HANDLE_BYTES)
+        gpu.offered[handle] = (cupy, *memories[ptr])
+        return handle
+
+    opened = {}
+
+    def ipc_open(handle, flags=1):
+        if handle not in gpu.offered:
+            raise CUDARuntimeError("cudaErrorInvalidResourceHandle: invalid resource handle")
+        owner, memory, device = gpu.offered[handle]
+        if owner is cupy or device != current_device():
+            raise CUDARuntimeError("cudaErrorDeviceUninitialized: invalid device context")
+        address = take(memory, device)
+        opened[address] = handle
+        return address
+
+    def ipc_close(ptr):
+        del opened[ptr]
+        give(ptr)
+
+    def device_synchronize():
+        for stream in schedule.streams:
+            stream.synchronize()
+
+    cupy.memories, cupy.opened = memories, opened
+    cupy.ndarray, cupy.ElementwiseKernel, cupy.full = ndarray, ElementwiseKernel, full
+    cupy.empty = ndarray
+    cupy.from_dlpack = from_dlpack
+    cupy.cuda = types.SimpleNamespace(
+        Device=Device,
+        Event=Event,
+        Memory=Memory,
+        MemoryPointer=MemoryPointer,
+        Stream=Stream,
+        UnownedMemory=UnownedMemory,
+        alloc_pinned_memory=alloc_pinned_memory,
+        get_current_stream=get_current_stream,
+        runtime=types.SimpleNamespace(
+            CUDARuntimeError=CUDARuntimeError,
+            deviceSynchronize=device_synchronize,
+            free=give,
+            getDevice=current_device,
+            getDeviceCount=lambda: len(gpu.uuids),
+            getDeviceProperties=lambda i: {"name": b"stand-in", "uuid": gpu.uuids[i]},
+            ipcCloseMemHandle=ipc_close,
+            ipcGetMemHandle=ipc_get,
+            ipcOpenMemHandle=ipc_open,
+            malloc=malloc,
+        ),
+    )
+    return cupy
+
+
+@contextlib.contextmanager
+def hurry(cupy, share):
+    """Within the block, `share(stream number)` says how likely a stream does at once what it can do."""
+    before, cupy.schedule.hurry = cupy.schedule.hurry, share
+    try:
+        yield
+    finally:
+        cupy.schedule.hurry = before
