@@ -154,7 +154,7 @@ class NumpyBackend:
         return np.asarray(x)
 
 
-MOST = 8
+MOST = 16
 """Vectors that one kernel adds up; more are added up by several, one after the other."""
 
 

@@ -1,0 +1,151 @@
+"""On a real GPU: averaging, and memory that processes share. Skipped where there is none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esync.compression import is_finite
+from esync.device_memory import DeviceRegion, from_jax, to_jax, unsupported
+from esync.ps.backend import MOST, CupyBackend, NumpyBackend
+from esync.ps.staging import BUFFERS
+from esync.tensors import CHUNK_ELEMENTS, DELTA, Layout, Leaf
+
+ROOT = Path(__file__).resolve().parent.parent
+WHY = unsupported()
+needs_gpu = pytest.mark.skipif(bool(WHY), reason=f"needs an NVIDIA GPU and its driver: {WHY}")
+LAYOUT = Layout((Leaf(DELTA, "w", (3 * CHUNK_ELEMENTS + 5,), "float32"),))
+
+
+def vector(seed, size=LAYOUT.size):
+    return np.random.default_rng(seed).standard_normal(size, np.float32)
+
+
+@needs_gpu
+def test_every_operation_is_numpy_s_to_rounding():
+    gpu, cpu = CupyBackend(), NumpyBackend()
+    x = [vector(seed, CHUNK_ELEMENTS) for seed in range(MOST + 3)]
+    a, b, c = (gpu.load(v) for v in x[:3])
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    for there, here in (
+        (gpu.scaled(a, 0.3), cpu.scaled(x[0], 0.3)),
+        (gpu.blend(a, 0.3, b, 0.7), cpu.blend(x[0], 0.3, x[1], 0.7)),
+        (gpu.blend_square(a, 0.3, b, 0.7), cpu.blend_square(x[0], 0.3, x[1], 0.7)),
+        (
+            gpu.compensated(a, b, c, 0.3, 0.7),
+            cpu.compensated(x[0], x[1], x[2], 0.3, 0.7),
+        ),
+        (
+            gpu.adaptive(a, b, gpu.blend_square(c, 0.0, c, 1.0), 0.3, 0.1),
+            cpu.adaptive(x[0], x[1], x[2] * x[2], 0.3, 0.1),
+        ),
+        (
+            gpu.weighted_sum([gpu.load(v) for v in x], [0.1] * len(x)),
+            cpu.weighted_sum(x, [0.1] * len(x)),
+        ),
+        (gpu.filled(a, 0.3), cpu.filled(x[0], 0.3)),
+    ):
+        np.testing.assert_allclose(gpu.host(there), here, **close)
+    for there, here in zip((a, b, c), x[:3], strict=True):
+        np.testing.assert_array_equal(gpu.host(there), here)
+
+
+@needs_gpu
+def test_sums_are_right_while_chunks_keep_coming():
+    """Rings of buffers go round often; every chunk is another one, and integers add up exactly."""
+    gpu = CupyBackend()
+    source = np.zeros(CHUNK_ELEMENTS, np.float32)
+    total, kept = gpu.scaled(gpu.load(source), 1.0), []
+    for i in range(50 * BUFFERS):
+        source[:] = i
+        x = gpu.load(source)
+        gpu.add_scaled(total, x, 1.0)
+        if i % 20 == 0:
+            kept.append((i, x))
+    count = 50 * BUFFERS
+    np.testing.assert_array_equal(gpu.host(total), np.full_like(source, count * (count - 1) // 2))
+    for i, x in kept:
+        np.testing.assert_array_equal(gpu.host(x), np.full_like(source, i))
+
+
+@needs_gpu
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [0, CHUNK_ELEMENTS // 2, CHUNK_ELEMENTS - 1])
+def test_one_bad_element_of_a_whole_chunk_is_found(bad, at):
+    gpu, x = CupyBackend(), vector(0, CHUNK_ELEMENTS)
+    assert gpu.is_finite(gpu.load(x))
+    x[at] = bad
+    assert not is_finite(x)
+    assert not gpu.is_finite(gpu.load(x))
+    assert gpu.is_finite(gpu.load(np.full(CHUNK_ELEMENTS, 3e38, np.float32)))
+
+
+READER = """
+import json, sys
+import numpy as np
+from esync.device_memory import DeviceOffer, DeviceRegion
+from tests.test_gpu import LAYOUT, vector
+said = json.loads(sys.stdin.readline())
+region = DeviceRegion.open(LAYOUT, 2, DeviceOffer(handle=bytes.fromhex(said.pop("handle")), **said))
+print("opened", flush=True)
+sys.stdin.readline()
+print(all(np.array_equal(region.whole(slot).get(), vector(slot)) for slot in range(2)), flush=True)
+region.close()
+"""
+
+
+@needs_gpu
+def test_another_process_reads_what_is_written_to_a_device():
+    import cupy
+
+    mine = DeviceRegion.create(LAYOUT, 2)
+    offer = mine.offer()
+    said = {"boot": offer.boot, "device": offer.device, "size": offer.size}
+    with subprocess.Popen(
+        [sys.executable, "-c", READER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as reader:
+        print(json.dumps({**said, "handle": offer.handle.hex()}), file=reader.stdin, flush=True)
+        assert reader.stdout.readline() == "opened\n"
+        for slot in range(2):
+            x = cupy.asarray(vector(slot))
+            cupy.cuda.get_current_stream().synchronize()
+            mine.write(slot, 0, x)
+        print("look", file=reader.stdin, flush=True)
+        assert reader.stdout.readline() == "True\n"
+    assert reader.returncode == 0
+    mine.close()
+
+
+@needs_gpu
+def test_a_jax_array_s_memory_is_cupy_s_too():
+    import jax
+    import jax.numpy as jnp
+
+    if jax.default_backend() != "gpu":
+        pytest.skip("JAX sees no GPU: pip install 'esync[cuda12]'")
+    array = jnp.arange(1000, dtype=jnp.float32)
+    lent = from_jax(array)
+    assert lent.data.ptr == array.unsafe_buffer_pointer()
+    np.testing.assert_array_equal(lent.get(), np.arange(1000))
+    given = to_jax(lent)
+    assert given.unsafe_buffer_pointer() != array.unsafe_buffer_pointer()
+    np.testing.assert_array_equal(given, np.arange(1000))
+
+
+@pytest.mark.skipif(not WHY, reason="this machine has a GPU: run benchmarks/gpu.py")
+def test_without_a_gpu_the_benchmark_says_so_and_measures_nothing():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", "--quick"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert "There is no NVIDIA GPU to measure" in done.stderr
+    assert done.stdout == ""
