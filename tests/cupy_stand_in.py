@@ -1,17 +1,16 @@
 """A stand-in for CuPy, made of NumPy, whose streams do nothing before they must.
 
-It has the parts of CuPy that esync calls, with their documented signatures. Kernels evaluate their expressions. What is
-put on a stream stays there until somebody waits for it (`Event.synchronize`, a blocking `get`), or until the stand-in
-thinks fit: `hurry(stream)` says how likely a stream is to do what it can do at once. So who
-forgets to wait finds memory that has not been written to yet, or that has been overwritten already. Memory that was
-never written to holds NaN.
+It has the parts of CuPy that esync calls, with their documented signatures. Kernels evaluate their expressions. What
+is put on a stream stays there until somebody waits for it (`Event.synchronize`, a blocking `get`), or until the
+stand-in thinks fit: `schedule.hurry(stream)` says how likely a stream is to do at once what it can do. So who forgets
+to wait finds memory that has not been written to yet, or that has been overwritten already. Memory that was never
+written to holds NaN.
 
 Several processes on one GPU are several modules with one `Gpu`: each has its own addresses for its memory.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import random
@@ -422,13 +421,3 @@ def stand_in(gpu=None, seed=0):
         ),
     )
     return cupy
-
-
-@contextlib.contextmanager
-def hurry(cupy, share):
-    """Within the block, `share(stream number)` says how likely a stream does at once what it can do."""
-    before, cupy.schedule.hurry = cupy.schedule.hurry, share
-    try:
-        yield
-    finally:
-        cupy.schedule.hurry = before
