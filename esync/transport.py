@@ -33,6 +33,10 @@ CHUNKS_RECEIVED = 2
 """Chunks of each worker that wait at the parameter server to be looked at: they are what its memory grows by."""
 CHUNKS_SENT = 64
 """Chunks of an update that wait at the worker to be sent: they are part of the update, and take no memory."""
+WINDOW_BYTES = 32 << 20
+"""Of models on the way to one worker at a time: what a link of 10 Gbit/s carries in 25 ms."""
+HAVE_BYTES = WINDOW_BYTES // 8
+"""A worker says what has arrived at least so often."""
 LINGER_MS = 2000
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import Any
 import zmq
 
 from esync import transport
-from esync.config import PsConfig, RunConfig
+from esync.config import PsConfig, RunConfig, ps_names
 from esync.ps.server import ParameterServer
 from esync.state.server import StateServer
 from esync.worker.client import Worker
@@ -48,7 +49,7 @@ class Thread(threading.Thread):
 
 
 class Cluster:
-    """The two servers of one run.
+    """The servers of one run.
 
     Args:
         kind: `inproc`, `ipc` or `tcp`.
@@ -63,7 +64,7 @@ class Cluster:
             "tcp": "tcp://127.0.0.1:*",
         }[kind]
         ps_bind = {
-            "inproc": f"inproc://ps-{number}",
+            "inproc": f"inproc://ps-{number}-",
             "ipc": f"ipc://{directory}/ps",
             "tcp": "127.0.0.1",
         }[kind]
@@ -72,21 +73,30 @@ class Cluster:
             run_dir.mkdir(exist_ok=True)
         self.state = StateServer(config, bind, context=self.context, run_dir=run_dir)
         self.endpoint = self.state.endpoint
-        self.ps = ParameterServer(
-            self.endpoint,
-            PsConfig(bind=ps_bind),
-            context=self.context,
-            run_dir=run_dir,
-            name="ps",
-        )
+        self.servers = [
+            ParameterServer(
+                self.endpoint,
+                PsConfig(bind=ps_bind if kind == "tcp" else f"{ps_bind}{shard}"),
+                context=self.context,
+                run_dir=run_dir,
+                name=name,
+                shard=shard,
+            )
+            for shard, name in enumerate(ps_names(config.ps))
+        ]
+        self.ps = self.servers[0]
         self._state_thread = Thread(lambda: transport.run(self.state.run()), "state")
-        self._ps_thread = Thread(lambda: transport.run(self.ps.run()), "ps")
+        self._ps_threads = [
+            Thread(lambda ps=ps: transport.run(ps.run()), ps.name)  # type: ignore[misc]
+            for ps in self.servers
+        ]
         self.workers: list[Thread] = []
         self.summary: dict[str, Any] = {}
 
     def __enter__(self) -> Cluster:
         self._state_thread.start()
-        self._ps_thread.start()
+        for thread in self._ps_threads:
+            thread.start()
         return self
 
     def worker(self, name: str, rank: int | None = None, **options: Any) -> Worker:
@@ -109,8 +119,20 @@ class Cluster:
     def finish(self) -> dict[str, Any]:
         """Wait for the end of the run; returns its summary."""
         self.summary = self._state_thread.result()
-        self._ps_thread.result()
+        for thread in self._ps_threads:
+            thread.result()
         return self.summary
+
+    def refused(self) -> dict[str, int]:
+        """What the parameter servers refused, and why, but for what comes from a chunk being asked for again."""
+        counters: Counter[str] = Counter()
+        for server in self.servers:
+            assert server.thread is not None
+            counters += server.thread.counters
+            for again in ("late", "double") if server.thread.wanted else ():
+                counters.pop(again, None)
+        counters.pop("after-the-end", None)
+        return dict(counters)
 
     def __exit__(
         self,
@@ -119,9 +141,9 @@ class Cluster:
         trace: TracebackType | None,
     ) -> None:
         self.state.stop("the test is over")
-        for thread in (*self.workers, self._state_thread, self._ps_thread):
+        for thread in (*self.workers, self._state_thread, *self._ps_threads):
             thread.join(30)
-        alive = [t.name for t in (self._state_thread, self._ps_thread) if t.is_alive()]
+        alive = [t.name for t in (self._state_thread, *self._ps_threads) if t.is_alive()]
         if error is None:
             assert not alive, f"still running: {alive}"
             self.context.term()  # hangs, and so fails by its time limit, if a socket was left open

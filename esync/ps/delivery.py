@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from esync.ps.aggregation import Published
+from esync.transport import WINDOW_BYTES
 
-WINDOW_BYTES = 32 << 20
-"""On the way to one subscriber at a time: what a link of 10 Gbit/s carries in 25 ms."""
 LOST_S = 2.0
 """After so long without progress what is on its way is taken for lost, if the subscriber asks."""
 STUCK_S = 10.0

@@ -127,6 +127,7 @@ class TensorThread(threading.Thread):
         self.bytes_up = 0
         self.bytes_down = 0
         self.bytes_shared = 0  # of both, what went through shared memory
+        self.wanted = 0  # chunks of updates that were asked for again; some may come twice then
         self.incarnation = secrets.token_hex(4)
         self._pull, self._xpub = pull, xpub
         self._backend, self._config = backend, config
@@ -462,6 +463,7 @@ class TensorThread(threading.Thread):
         elif wanted:
             quiet = time.monotonic() - self._arrival.get(worker, 0.0)
             if quiet > 0.5:  # else its update is still arriving
+                self.wanted += len(wanted)
                 self._send_to(worker, Want(message.pushed, wanted, self.incarnation))
 
     # Sending

@@ -35,8 +35,6 @@ from esync.worker.assembly import Assembly
 log = logging.getLogger("esync.worker")
 RETRY_S = 1.0
 """After so long without progress what was asked for is asked for again."""
-HAVE_BYTES = 4 << 20
-"""What has arrived is said so often; less than what the server sends ahead."""
 RECV_BURST = 64
 
 
@@ -225,7 +223,7 @@ class Channel:
         try:
             complete = self.assembly.add(header, payload)  # no lock: only this thread adds
         finally:
-            if complete or self._received >= HAVE_BYTES:
+            if complete or self._received >= transport.HAVE_BYTES:
                 self._received = 0
                 have = Have(self._worker, header.version, header.chunk, complete)
                 self.sub.send(messages.encode(have), zmq.NOBLOCK)
