@@ -14,6 +14,7 @@ COMMANDS = {
     "worker": "A worker, or with --evaluate an evaluator.",
     "run": "All roles of a cluster file on this machine.",
     "report": "Finished runs side by side.",
+    "keys": "The keys of a cluster: made, listed, revoked.",
 }
 
 

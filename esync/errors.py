@@ -26,6 +26,10 @@ class TransportError(EsyncError):
     """An endpoint that cannot be bound or reached."""
 
 
+class KeysError(EsyncError):
+    """Keys that are missing, damaged, or open to others."""
+
+
 class DeviceError(EsyncError):
     """A device that was asked for and is not there."""
 
