@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 
 import zmq
 
+from esync import curve
 from esync.errors import TransportError
+from esync.keys import ClientKeys, ServerKeys
 
 T = TypeVar("T")
 DEFAULT_STATE = "tcp://127.0.0.1:10010"
@@ -89,13 +91,14 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, *, insecure: bool = False) ->
 
     Raises:
         TransportError: the address is taken or not ours, or is reachable from other machines and
-            `insecure` was not said.
+            the socket has no keys and `insecure` was not said.
     """
     check_endpoint(endpoint)
-    if not is_local(endpoint) and not insecure:
+    if not is_local(endpoint) and not insecure and not curve.encrypts(socket):
         raise TransportError(
             f"{endpoint} can be reached from other machines, and nothing on it is encrypted or "
-            "authenticated; bind to 127.0.0.1, or pass --insecure if you trust everyone on that network"
+            "authenticated; bind to 127.0.0.1, make keys (esync-keys init) and pass --keys, or pass --insecure "
+            "if you trust everyone on that network"
         )
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
     try:
@@ -149,25 +152,35 @@ def _own_address(target: str) -> str:
             raise TransportError(f"cannot find a route to {target}: {error}") from error
 
 
-def _socket_of(context: zmq.Context[Any], kind: int, max_bytes: int) -> zmq.Socket[bytes]:
-    socket: zmq.Socket[bytes] = context.socket(kind)
+def _socket_of(
+    context: zmq.Context[Any], kind: int, max_bytes: int, keys: ServerKeys | ClientKeys | None
+) -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes]
+    if isinstance(keys, ServerKeys):
+        socket = curve.server(context, kind, keys)
+    elif keys is not None:
+        socket = curve.client(context, kind, keys)
+    else:
+        socket = context.socket(kind)
     socket.linger = LINGER_MS
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
     return socket
 
 
-def router(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
+def router(context: zmq.Context[Any], keys: ServerKeys | None = None) -> zmq.Socket[bytes]:
     """The state server's socket: unroutable answers are errors, and an id that connects again takes over."""
-    socket = _socket_of(context, zmq.ROUTER, MAX_CONTROL_BYTES)
+    socket = _socket_of(context, zmq.ROUTER, MAX_CONTROL_BYTES, keys)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     _heartbeats(socket)
     return socket
 
 
-def dealer(context: zmq.Context[Any], identity: str, endpoint: str) -> zmq.Socket[bytes]:
+def dealer(
+    context: zmq.Context[Any], identity: str, endpoint: str, keys: ClientKeys | None = None
+) -> zmq.Socket[bytes]:
     """A connected control socket whose identity is the worker's id."""
-    socket = _socket_of(context, zmq.DEALER, MAX_CONTROL_BYTES)
+    socket = _socket_of(context, zmq.DEALER, MAX_CONTROL_BYTES, keys)
     socket.setsockopt(zmq.ROUTING_ID, identity.encode())
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
@@ -194,32 +207,36 @@ def _heartbeats(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
 
 
-def pull(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
+def pull(context: zmq.Context[Any], keys: ServerKeys | None = None) -> zmq.Socket[bytes]:
     """Where updates arrive. The high-water mark counts chunks, and so bounds memory."""
-    socket = _socket_of(context, zmq.PULL, MAX_CHUNK_BYTES)
+    socket = _socket_of(context, zmq.PULL, MAX_CHUNK_BYTES, keys)
     socket.setsockopt(zmq.RCVHWM, CHUNKS_RECEIVED)
     return socket
 
 
-def push(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[bytes]:
+def push(
+    context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None = None
+) -> zmq.Socket[bytes]:
     """Where a worker's updates leave."""
-    socket = _socket_of(context, zmq.PUSH, MAX_CHUNK_BYTES)
+    socket = _socket_of(context, zmq.PUSH, MAX_CHUNK_BYTES, keys)
     socket.setsockopt(zmq.SNDHWM, CHUNKS_SENT)
     return _connect(socket, endpoint)
 
 
-def xpub(context: zmq.Context[Any]) -> zmq.Socket[bytes]:
+def xpub(context: zmq.Context[Any], keys: ServerKeys | None = None) -> zmq.Socket[bytes]:
     """Where models leave; every subscription and unsubscription is seen by the parameter server."""
-    socket = _socket_of(context, zmq.XPUB, MAX_CONTROL_BYTES)
+    socket = _socket_of(context, zmq.XPUB, MAX_CONTROL_BYTES, keys)
     socket.setsockopt(zmq.XPUB_VERBOSER, 1)
     # How much of it waits for a subscriber is decided where it is sent (esync/ps/delivery.py).
     socket.setsockopt(zmq.SNDHWM, 10_000)
     return socket
 
 
-def xsub(context: zmq.Context[Any], endpoint: str, topic: bytes) -> zmq.Socket[bytes]:
+def xsub(
+    context: zmq.Context[Any], endpoint: str, topic: bytes, keys: ClientKeys | None = None
+) -> zmq.Socket[bytes]:
     """Where a worker's models arrive, and by which it says what it has: what it sends goes upstream."""
-    socket = _socket_of(context, zmq.XSUB, MAX_CHUNK_BYTES)
+    socket = _socket_of(context, zmq.XSUB, MAX_CHUNK_BYTES, keys)
     socket.setsockopt(zmq.RCVHWM, 10_000)
     socket.send(b"\x01" + topic)
     return _connect(socket, endpoint)
@@ -230,9 +247,15 @@ def hostname() -> str:
     return _socket.gethostname().partition(".")[0] or f"pid{os.getpid()}"
 
 
+def refusal(socket: zmq.Socket[bytes]) -> str:
+    """Why the server does not let this connected socket in; empty if it does, nothing is known yet, or there are no
+    keys."""
+    return socket.refusal() if isinstance(socket, curve.CurveClient) else ""
+
+
 def no_state_server(endpoint: str, waited_s: float) -> str:
     """What to tell a user whose state server does not answer."""
     return (
         f"no state server answered at {endpoint} within {waited_s:g} s. Is esync-state running there, and "
-        "is the address right? (--wait SECONDS waits longer)"
+        "is the address right? If it has keys, this side needs --keys too. (--wait SECONDS waits longer)"
     )

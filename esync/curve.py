@@ -1,0 +1,196 @@
+"""CURVE on sockets: servers that let in whom an allow-list names, and clients that can say why they were refused.
+
+A context has one ZAP authenticator, a thread, which lives from the first of the context's servers to the close of
+the last. Without it nobody is let in: ZeroMQ's default, that a server without an authenticator lets everybody in, is
+turned off. Sockets on inproc:// stay within the process, and ZeroMQ neither encrypts nor authenticates them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
+
+from esync.errors import TransportError
+from esync.keys import ClientKeys, ServerKeys
+
+_OUTCOMES = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+_OFTEN = 3
+"""Handshakes without an answer, one after the other, that are no coincidence."""
+_numbers = itertools.count()
+
+
+@dataclass
+class _Running:
+    """A context's authenticator, and how many sockets need it."""
+
+    authenticator: ThreadAuthenticator
+    sockets: int = 0
+
+
+_running: dict[int, _Running] = {}
+_lock = threading.RLock()  # a forgotten socket is closed by the garbage collector, wherever it runs
+
+
+class CurveServer(zmq.Socket[bytes]):
+    """A socket that is connected to by keys on an allow-list alone; made by `server`."""
+
+    _needs: int = 0  # the context whose authenticator this socket needs
+
+    def close(self, linger: int | None = None) -> None:
+        super().close(linger)
+        if self._needs:
+            context, self._needs = self._needs, 0
+            _release(context)
+
+
+class CurveClient(zmq.Socket[bytes]):
+    """A socket that connects to the servers of its keys alone; made by `client`."""
+
+    _keys: ClientKeys | None = None
+    _outcomes: zmq.Socket[bytes] | None = None
+    _failed: int = 0
+    _silent: int = 0
+
+    def refusal(self) -> str:
+        """Why the last attempt to connect failed; empty if it did not, or nothing is known yet.
+
+        A server's refusal is final: ZeroMQ does not try again on this socket.
+        """
+        while self._outcomes is not None and self._outcomes.poll(0):
+            self._failed = recv_monitor_message(self._outcomes)["event"]
+            silent = self._failed == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            self._silent = self._silent + 1 if silent else 0
+        if self._keys is None or self._failed in (0, zmq.EVENT_HANDSHAKE_SUCCEEDED):
+            return ""
+        if self._failed == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return (
+                f"the server refused the key of {self._keys.name!r} ({self._keys.public}): it was revoked, or is "
+                "not in the server's allowed.toml. There, esync-keys list shows who is; esync-keys add makes a key"
+            )
+        if self._failed == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            return "the server uses no keys: start it with --keys, or leave --keys out here too"
+        if self._silent < _OFTEN:
+            return ""
+        return (
+            f"the server ended the handshake: its key is not {self._keys.server}, which the file with the key of "
+            f"{self._keys.name!r} was made for, or it is just stopping. Copy the file anew if its keys were"
+        )
+
+    def close(self, linger: int | None = None) -> None:
+        super().close(linger)
+        if self._outcomes is not None:
+            self._outcomes.close(0)
+
+
+def server(context: zmq.Context[Any], kind: int, keys: ServerKeys) -> CurveServer:
+    """A socket, not yet bound, that lets in the keys of `keys.allowed`.
+
+    Raises:
+        TransportError: libzmq has no CURVE, or the context has another authenticator.
+    """
+    _check_curve()
+    address = context.underlying
+    _acquire(address, keys)
+    try:
+        socket: CurveServer = context.socket(kind, socket_class=CurveServer)
+    except BaseException:
+        _release(address)
+        raise
+    socket._needs = address
+    with _closed_if_it_fails(socket):
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
+        socket.setsockopt(zmq.ZAP_DOMAIN, keys.allowed.domain.encode())
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    return socket
+
+
+def client(context: zmq.Context[Any], kind: int, keys: ClientKeys) -> CurveClient:
+    """A socket, not yet connected, with these keys.
+
+    Raises:
+        TransportError: libzmq has no CURVE.
+    """
+    _check_curve()
+    socket: CurveClient = context.socket(kind, socket_class=CurveClient)
+    socket._keys = keys
+    with _closed_if_it_fails(socket):
+        socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server.encode())
+        socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
+        address = f"inproc://esync-handshakes-{next(_numbers)}"
+        socket.monitor(address, _OUTCOMES)
+        outcomes: zmq.Socket[bytes] = context.socket(zmq.PAIR, socket_class=zmq.Socket)
+        socket._outcomes = outcomes
+        outcomes.setsockopt(zmq.RCVHWM, 0)  # libzmq would wait for its reader
+        outcomes.connect(address)
+    return socket
+
+
+@contextmanager
+def _closed_if_it_fails(socket: zmq.Socket[bytes]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        socket.close(0)
+        raise
+
+
+def encrypts(socket: zmq.Socket[bytes]) -> bool:
+    """Whether `socket` is a CURVE server."""
+    return zmq.has("curve") and bool(socket.getsockopt(zmq.CURVE_SERVER))
+
+
+def user_of(frame: zmq.Frame) -> str:
+    """The public key of whoever sent this frame to a CURVE server; empty if it did not come through one."""
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return ""
+
+
+def _check_curve() -> None:
+    if not zmq.has("curve"):
+        raise TransportError("this libzmq was built without CURVE; install pyzmq from a wheel")
+
+
+def _acquire(address: int, keys: ServerKeys) -> None:
+    with _lock:
+        running = _running.get(address)
+        if running is None:
+            # (A context object of its own: `Context.destroy` closes sockets that it finds, in whatever thread.)
+            authenticator = ThreadAuthenticator(zmq.Context.shadow(address))
+            try:
+                authenticator.start()
+            except zmq.ZMQError as error:
+                authenticator.stop()
+                raise TransportError(
+                    f"cannot start an authenticator: {error}. This ZeroMQ context has one of its own; use another "
+                    "context for esync"
+                ) from error
+            running = _running[address] = _Running(authenticator)
+        running.authenticator.configure_curve_callback(keys.allowed.domain, keys.allowed)
+        running.sockets += 1
+
+
+def _release(address: int) -> None:
+    with _lock:
+        running = _running[address]
+        running.sockets -= 1
+        if not running.sockets:
+            del _running[address]
+            running.authenticator.stop()
