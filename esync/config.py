@@ -277,6 +277,9 @@ class StateConfig:
     """`[state]`: the state server."""
 
     bind: str = _option(DEFAULT_STATE, "Endpoint to listen on (port * picks a free one).")
+    keys: str = _option(
+        "", "Directory made by esync-keys: encrypt, and let in the keys of its list alone."
+    )
     insecure: bool = _option(False, "Allow listening beyond this machine without keys.")
 
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import zmq
 
-from esync import messages
+from esync import curve, messages
 from esync.messages import Error, Message, MessageError
 
 log = logging.getLogger("esync.messaging")
@@ -45,6 +45,8 @@ class MessageServer:
         socket: a bound ROUTER or a connected DEALER; used only from the loop's thread.
         queue_limit: when so many messages wait, no more are taken off the socket, so that its
             high-water mark holds the senders back.
+        check: called before each message's handler with the peer, the message and the public key that it came by (on
+            a CURVE server); raises MessageError to refuse it.
 
     Attributes:
         counters: refused messages by reason.
@@ -52,14 +54,21 @@ class MessageServer:
         on_refused: called when a DEALER's peer sent something unusable.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes], *, queue_limit: int = 100_000) -> None:
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        *,
+        queue_limit: int = 100_000,
+        check: Callable[[bytes, Message, str], None] | None = None,
+    ) -> None:
         self.socket = socket
         self.counters: Counter[str] = Counter()
         self.unsent = 0
         self.on_refused: Callable[[MessageError], None] = lambda error: None
         self._routed = socket.getsockopt(zmq.TYPE) == zmq.ROUTER
         self._handlers: dict[type, Callable[[bytes, Any], None]] = {}
-        self._queue: deque[tuple[bytes, Any]] = deque()
+        self._check = check
+        self._queue: deque[tuple[bytes, Any, str]] = deque()
         self._outbox: deque[tuple[bytes, bytes]] = deque()
         self._limit = queue_limit
         self._wake: asyncio.Event | None = None
@@ -73,7 +82,7 @@ class MessageServer:
 
     def post(self, event: object) -> None:
         """Put a local event on the queue: its handler runs in turn, like any message's."""
-        self._queue.append((LOCAL, event))
+        self._queue.append((LOCAL, event, ""))
         if self._wake is not None:
             self._wake.set()
 
@@ -128,10 +137,11 @@ class MessageServer:
                 frame = socket.recv(NOBLOCK, copy=False)
             except zmq.Again:
                 break
+            key = curve.user_of(frame) if self._check is not None else ""
             if frame.more:
-                queue.append((peer, [frame.bytes, *socket.recv_multipart(NOBLOCK)]))
+                queue.append((peer, [frame.bytes, *socket.recv_multipart(NOBLOCK)], key))
             else:
-                queue.append((peer, frame.bytes))
+                queue.append((peer, frame.bytes, key))
         if queue and self._wake is not None:
             self._wake.set()
 
@@ -142,8 +152,7 @@ class MessageServer:
             self._flush()  # what was not sent by a handler
             self._routing = True
             for _ in range(min(len(self._queue), DRAIN)):
-                peer, frame = self._queue.popleft()
-                self._handle(peer, frame)
+                self._handle(*self._queue.popleft())
                 self._flush()
             self._routing = False
             if int(self.socket.get(zmq.EVENTS)) & POLLIN:
@@ -156,7 +165,7 @@ class MessageServer:
             self._wake.clear()
             await self._wake.wait()
 
-    def _handle(self, peer: bytes, frame: Any) -> None:
+    def _handle(self, peer: bytes, frame: Any, key: str) -> None:
         try:
             if peer is LOCAL:
                 self._handlers[type(frame)](peer, frame)
@@ -164,6 +173,8 @@ class MessageServer:
             if type(frame) is not bytes:
                 raise MessageError("bad-frames", f"expected one frame, got {len(frame)}")
             message = messages.decode(frame)
+            if self._check is not None:
+                self._check(peer, message, key)
             handler = self._handlers.get(type(message))
             if handler is None:
                 raise MessageError("unexpected-type", f"{message.TYPE} is not for this server")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from esync import cli, config
+from esync import cli, config, keys
 from esync.config import RunConfig, StateConfig
 from esync.state.server import StateServer
 
@@ -42,6 +42,7 @@ def main(file: str | None, run_dir: str | None, verbose: bool, **values: Any) ->
         state.bind,
         insecure=state.insecure,
         run_dir=cli.make_directory(run_dir),
+        keys=keys.load_server(state.keys) if state.keys else None,
         say=cli.say,
     )
     cli.say(f"state server at {server.endpoint}: {run.mode}, {run.model} on {run.dataset}")

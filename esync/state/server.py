@@ -14,7 +14,10 @@ import zmq
 from esync import transport
 from esync.config import RunConfig
 from esync.journal import Journal
+from esync.keys import ServerKeys
+from esync.messages import Message
 from esync.messaging import MessageServer
+from esync.state.admission import check_key
 from esync.state.handlers import TICK_S, Handlers, StopRun, Tick
 
 
@@ -25,6 +28,8 @@ class StateServer:
         config: what every role is told in `welcome`.
         bind: endpoint to listen on; `endpoint` is what it became.
         run_dir: where `summary.json` and the log go; None writes neither.
+        keys: encrypt, and let in the keys on their allow-list alone; None does neither. (Not on inproc://, which
+            nobody outside of this process can reach.)
 
     Raises:
         TransportError: the endpoint cannot be bound.
@@ -37,11 +42,12 @@ class StateServer:
         *,
         insecure: bool = False,
         run_dir: str | Path | None = None,
+        keys: ServerKeys | None = None,
         context: zmq.Context[Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._context = context or zmq.Context.instance()
-        self._socket = transport.router(self._context)
+        self._socket = transport.router(self._context, keys)
         try:
             self.endpoint = transport.bind(self._socket, bind, insecure=insecure)
         except BaseException:
@@ -51,7 +57,9 @@ class StateServer:
         self._journal = Journal(self._run_dir / "state.jsonl" if self._run_dir else None, "state")
         if self._run_dir:
             (self._run_dir / "endpoint").write_text(self.endpoint + "\n", encoding="utf-8")
-        self._server = MessageServer(self._socket)
+        self._allowed = keys.allowed if keys is not None else None
+        checked = keys is not None and not self.endpoint.startswith("inproc://")
+        self._server = MessageServer(self._socket, check=self._check_key if checked else None)
         self.handlers = Handlers(
             config,
             self._server.send,
@@ -80,10 +88,16 @@ class StateServer:
             self._socket.close()
         return summary
 
+    def _check_key(self, peer: bytes, message: Message, key: str) -> None:
+        assert self._allowed is not None
+        check_key(self._allowed, self.handlers.servers, peer, message, key)
+
     def _write_summary(self) -> dict[str, Any]:
         """When the run stops, and again when the last evaluation is in and everybody has left."""
         summary = self.handlers.summary()
         summary["refused"] = dict(self._server.counters)
+        if self._allowed is not None and self._allowed.refusals:
+            summary["refused"]["connection"] = self._allowed.refusals
         if self._run_dir:
             write_summary(self._run_dir / "summary.json", summary)
         return summary
@@ -93,6 +107,8 @@ class StateServer:
             before = time.monotonic()
             await asyncio.sleep(TICK_S)
             late_s = time.monotonic() - before - TICK_S
+            if self._allowed is not None:
+                self._allowed.refresh()  # so that a revoked key is not heard any more
             self._server.post(Tick(late_s if late_s > 1.0 else 0.0))
 
 
