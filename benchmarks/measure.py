@@ -67,7 +67,9 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)),
         "libzmq": zmq.zmq_version(),
-        **{name: _version(name) for name in ("esync", "pyzmq", "msgpack", "uvloop")},
+        **{
+            name: _version(name) for name in ("esync", "pyzmq", "msgpack", "uvloop", "cryptography")
+        },
     }
 
 
