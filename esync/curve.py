@@ -32,11 +32,24 @@ _OFTEN = 3
 _numbers = itertools.count()
 
 
+class _Authenticator(ThreadAuthenticator):
+    """One that makes room for the next one before `stop` returns: a closed socket keeps its address for a while."""
+
+    def stop(self) -> None:
+        if self.pipe:
+            self.pipe.send(b"TERMINATE")
+            self.thread.join()
+            self.pipe.close()
+            self.pipe = None  # type: ignore[assignment]  # as its own `stop` does it
+            self.zap_socket.unbind("inproc://zeromq.zap.01")
+        super().stop()
+
+
 @dataclass
 class _Running:
     """A context's authenticator, and how many sockets need it."""
 
-    authenticator: ThreadAuthenticator
+    authenticator: _Authenticator
     sockets: int = 0
 
 
@@ -173,7 +186,7 @@ def _acquire(address: int, keys: ServerKeys) -> None:
         running = _running.get(address)
         if running is None:
             # (A context object of its own: `Context.destroy` closes sockets that it finds, in whatever thread.)
-            authenticator = ThreadAuthenticator(zmq.Context.shadow(address))
+            authenticator = _Authenticator(zmq.Context.shadow(address))
             try:
                 authenticator.start()
             except zmq.ZMQError as error:

@@ -105,11 +105,10 @@ def test_a_stranger_without_keys_gets_nothing_through(
 ) -> None:
     with transport.router(context, keys.load_server(directory)) as router:
         bound = transport.bind(router, ANY)
-        with (
-            transport.dealer(context, "plain", bound) as plain,
-            plain.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL) as outcome,
-        ):
+        plain: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        with plain, plain.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL) as outcome:
             plain.linger = 0
+            plain.connect(bound)
             plain.send(b"hello")
             assert outcome.poll(PATIENCE_MS)
             assert not router.poll(0)
@@ -270,6 +269,14 @@ def test_a_key_that_zeromq_does_not_take_leaves_nothing_open(
         transport.push(
             context, "tcp://127.0.0.1:9", keys.ClientKeys("gpu", "short", "short", "short")
         )
+
+
+def test_an_authenticator_can_follow_another_at_once(
+    context: zmq.Context[Any], directory: Path
+) -> None:
+    server = keys.load_server(directory)
+    for _ in range(50):
+        transport.router(context, server).close()
 
 
 def test_closing_in_the_midst_of_handshakes_does_not_hang(directory: Path) -> None:
