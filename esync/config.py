@@ -291,6 +291,14 @@ class PsConfig:
     bind: str = _option("127.0.0.1", "Address to listen on, or ipc://PATH or inproc://NAME.")
     push_port: int = _option(0, "Port for updates (0: a free one).", low=0, high=65535)
     model_port: int = _option(0, "Port for models (0: a free one).", low=0, high=65535)
+    keys: str = _option(
+        "",
+        "Directory made by esync-keys: join with these keys, and seal the tensors.  (In a file: that of [state].)",
+    )
+    curve: bool = _option(
+        False,
+        "With keys: encrypt tensors by CURVE instead of sealing them. Slower, but strangers cannot even connect.",
+    )
     insecure: bool = _option(False, "Allow listening beyond this machine without keys.")
 
 
@@ -301,6 +309,10 @@ class WorkerConfig:
     name: str = _option("", "The worker's id (default: host name and process id).")
     count: int = _option(1, "How many of these (esync-run).", low=1, high=10_000)
     device: str = _option("cpu", "Where to train: cpu, gpu or gpu:N.")
+    keys: str = _option(
+        "",
+        "The file NAME.key that esync-keys made for this worker.  (With esync-run: that of [state].)",
+    )
     step_time_s: float = _option(
         0.0, "Emulate a slow machine: stretch each local step to so many seconds.", low=0
     )

@@ -69,25 +69,32 @@ class CurveServer(zmq.Socket[bytes]):
             _release(context)
 
 
-class CurveClient(zmq.Socket[bytes]):
-    """A socket that connects to the servers of its keys alone; made by `client`."""
+class Client(zmq.Socket[bytes]):
+    """A connected socket that knows what has become of its connection; made by `client`."""
 
     _keys: ClientKeys | None = None
     _outcomes: zmq.Socket[bytes] | None = None
+    _last: int = 0
     _failed: int = 0
     _silent: int = 0
+
+    def is_lost(self) -> bool:
+        """Whether there was a connection, and is none now."""
+        self._look()
+        return self._last == zmq.EVENT_DISCONNECTED
 
     def refusal(self) -> str:
         """Why the last attempt to connect failed; empty if it did not, or nothing is known yet.
 
         A server's refusal is final: ZeroMQ does not try again on this socket.
         """
-        while self._outcomes is not None and self._outcomes.poll(0):
-            self._failed = recv_monitor_message(self._outcomes)["event"]
-            silent = self._failed == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-            self._silent = self._silent + 1 if silent else 0
-        if self._keys is None or self._failed in (0, zmq.EVENT_HANDSHAKE_SUCCEEDED):
+        self._look()
+        if self._failed in (0, zmq.EVENT_HANDSHAKE_SUCCEEDED):
             return ""
+        if self._keys is None:
+            return (
+                "" if self._silent < _OFTEN else "the server ended the handshake: it may have keys"
+            )
         if self._failed == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return (
                 f"the server refused the key of {self._keys.name!r} ({self._keys.public}): it was revoked, or is "
@@ -101,6 +108,17 @@ class CurveClient(zmq.Socket[bytes]):
             f"the server ended the handshake: its key is not {self._keys.server}, which the file with the key of "
             f"{self._keys.name!r} was made for, or it is just stopping. Copy the file anew if its keys were"
         )
+
+    def _look(self) -> None:
+        while self._outcomes is not None and self._outcomes.poll(0):
+            event = recv_monitor_message(self._outcomes)["event"]
+            if event == zmq.EVENT_DISCONNECTED:
+                if self._failed == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    self._last = event
+                continue
+            self._last = self._failed = event
+            silent = event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            self._silent = self._silent + 1 if silent else 0
 
     def close(self, linger: int | None = None) -> None:
         super().close(linger)
@@ -132,21 +150,23 @@ def server(context: zmq.Context[Any], kind: int, keys: ServerKeys) -> CurveServe
     return socket
 
 
-def client(context: zmq.Context[Any], kind: int, keys: ClientKeys) -> CurveClient:
-    """A socket, not yet connected, with these keys.
+def client(context: zmq.Context[Any], kind: int, keys: ClientKeys | None) -> Client:
+    """A socket, not yet connected, with these keys or without.
 
     Raises:
         TransportError: libzmq has no CURVE.
     """
-    _check_curve()
-    socket: CurveClient = context.socket(kind, socket_class=CurveClient)
+    if keys is not None:
+        _check_curve()
+    socket: Client = context.socket(kind, socket_class=Client)
     socket._keys = keys
     with _closed_if_it_fails(socket):
-        socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server.encode())
-        socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
-        socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
+        if keys is not None:
+            socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server.encode())
+            socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
         address = f"inproc://esync-handshakes-{next(_numbers)}"
-        socket.monitor(address, _OUTCOMES)
+        socket.monitor(address, _OUTCOMES | zmq.EVENT_DISCONNECTED)
         outcomes: zmq.Socket[bytes] = context.socket(zmq.PAIR, socket_class=zmq.Socket)
         socket._outcomes = outcomes
         outcomes.setsockopt(zmq.RCVHWM, 0)  # libzmq would wait for its reader

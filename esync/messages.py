@@ -23,6 +23,8 @@ from esync.version import VERSION
 PROTOCOL = 1
 MAX_TEXT = 4096
 """Longest string in a message, in characters."""
+MAX_BYTES = 64
+"""Longest bytes in a message (tensors travel beside it)."""
 MAX_ID = 64
 """Longest worker id, in characters."""
 NO_SHARED_MEMORY = "no-shared-memory"
@@ -84,6 +86,7 @@ class Welcome:
     endpoints: list[Any]  # of the parameter servers, in the order of their shards
     heartbeat_s: float
     version: str = VERSION
+    key: bytes = b""  # by which the data channel is sealed (esync.seal); none: it is not
 
 
 @dataclass(slots=True)
@@ -317,6 +320,7 @@ _ACCEPTS: dict[Any, tuple[type, ...]] = {
     float: (float, int),
     bool: (bool,),
     str: (str,),
+    bytes: (bytes,),
     dict: (dict,),
     list: (list,),
     types.NoneType: (types.NoneType,),
@@ -393,6 +397,8 @@ def decode(frame: bytes | memoryview) -> Message:
         elif type(value) is int:
             if not -1 <= value < 2**53:
                 raise MessageError("bad-field", f"{kind}.{name}: {value} is out of range")
+        elif type(value) is bytes and len(value) > MAX_BYTES:
+            raise MessageError("bad-field", f"{kind}.{name}: {len(value)} bytes are too many")
         elif type(value) is str and (
             len(value) > MAX_TEXT or (name == "worker" and not 0 < len(value) <= MAX_ID)
         ):

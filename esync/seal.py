@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import secrets
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -43,6 +44,8 @@ MAX_OVERHEAD_BYTES = 2 + MAX_IDENTITY_BYTES + LIFE_BYTES + NUMBER_BYTES + TAG_BY
 MESSAGES_PER_LIFE = 1 << 20
 """Messages sealed under one key. In chunks of 2 MiB that is 2^37 blocks; the chance that GCM is told from a random
 function by them is below 2^-54."""
+TO_SERVER, TO_WORKERS = b"to the parameter server", b"to workers"
+"""What every message of the data channel is about besides its frames."""
 _INFO = b"esync seal 1 "
 _INTO = hasattr(
     AESGCM, "encrypt_into"
@@ -160,6 +163,63 @@ class Opener:
             while len(self._ciphers) >= self._keep:
                 del self._ciphers[next(iter(self._ciphers))]
             self._ciphers[head] = cipher
+
+
+class Envelope:
+    """The frames of a message of the data channel: a header, perhaps a payload, and with a key a seal on both.
+
+    Sealed, a message always has a second frame, which authenticates the header too; without a key it is what it is.
+
+    Args:
+        run_key: empty for no seal.
+        identity: of this process.
+    """
+
+    def __init__(self, run_key: bytes, identity: str) -> None:
+        self._sealer = Sealer(run_key, identity) if run_key else None
+        self._opener = Opener(run_key) if run_key else None
+
+    @property
+    def is_sealed(self) -> bool:
+        return self._sealer is not None
+
+    def pack(self, header: bytes, payload: Any = None, *about: ReadableBuffer) -> list[Any]:
+        """The frames to send. `about`: what the receiver knows besides, such as the direction."""
+        if self._sealer is not None:
+            return [header, self._sealer.seal(b"" if payload is None else payload, header, *about)]
+        return [header] if payload is None else [header, payload]
+
+    def unpack(
+        self, frames: Sequence[ReadableBuffer], *about: ReadableBuffer
+    ) -> tuple[memoryview, list[memoryview], str]:
+        """(header, the payload if there is one, who sealed it) of the frames that came.
+
+        Raises:
+            MessageError: `bad-seal`; or `bad-frames`: there are too few.
+        """
+        if self._opener is None:
+            return memoryview(frames[0]), [memoryview(frame) for frame in frames[1:]], ""
+        if len(frames) != 2:
+            raise MessageError("bad-frames", f"a sealed message has 2 frames, not {len(frames)}")
+        payload = self._opener.open(frames[1], frames[0], *about)
+        return memoryview(frames[0]), [payload] if payload.nbytes else [], sender_of(frames[1])
+
+    def pack_alone(self, message: bytes, *about: ReadableBuffer) -> bytes:
+        """A message in a single frame, which begins with none of the bytes that ZeroMQ takes for a subscription."""
+        if self._sealer is None:
+            return message
+        return b"\x02" + self._sealer.seal(message, *about)
+
+    def unpack_alone(self, frame: ReadableBuffer, *about: ReadableBuffer) -> tuple[memoryview, str]:
+        """(message, who sealed it) of what `pack_alone` made.
+
+        Raises:
+            MessageError: `bad-seal`.
+        """
+        if self._opener is None:
+            return memoryview(frame), ""
+        sealed = memoryview(frame)[1:]
+        return self._opener.open(sealed, *about), sender_of(sealed)
 
 
 def sender_of(sealed: ReadableBuffer) -> str:

@@ -25,7 +25,7 @@ from esync.keys import ClientKeys, ServerKeys
 T = TypeVar("T")
 DEFAULT_STATE = "tcp://127.0.0.1:10010"
 """The state server's default endpoint (the port is the one of the 2019 implementation)."""
-STATE, NAME, RANK = "ESYNC_STATE", "ESYNC_NAME", "ESYNC_RANK"
+STATE, NAME, RANK, KEYS = "ESYNC_STATE", "ESYNC_NAME", "ESYNC_RANK", "ESYNC_KEYS"
 """Environment variables by which esync-run tells a program what `esync.Worker()` is to join, and as what."""
 MAX_CONTROL_BYTES = 4 << 20
 """Largest frame on the control channel."""
@@ -179,8 +179,10 @@ def router(context: zmq.Context[Any], keys: ServerKeys | None = None) -> zmq.Soc
 def dealer(
     context: zmq.Context[Any], identity: str, endpoint: str, keys: ClientKeys | None = None
 ) -> zmq.Socket[bytes]:
-    """A connected control socket whose identity is the worker's id."""
-    socket = _socket_of(context, zmq.DEALER, MAX_CONTROL_BYTES, keys)
+    """A connected control socket whose identity is the worker's id; `refusal` and `is_lost` say how it fares."""
+    socket = curve.client(context, zmq.DEALER, keys)
+    socket.linger = LINGER_MS
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_CONTROL_BYTES)
     socket.setsockopt(zmq.ROUTING_ID, identity.encode())
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
@@ -250,7 +252,12 @@ def hostname() -> str:
 def refusal(socket: zmq.Socket[bytes]) -> str:
     """Why the server does not let this connected socket in; empty if it does, nothing is known yet, or there are no
     keys."""
-    return socket.refusal() if isinstance(socket, curve.CurveClient) else ""
+    return socket.refusal() if isinstance(socket, curve.Client) else ""
+
+
+def is_lost(socket: zmq.Socket[bytes]) -> bool:
+    """Whether a `dealer` had a connection, and has none now."""
+    return isinstance(socket, curve.Client) and socket.is_lost()
 
 
 def no_state_server(endpoint: str, waited_s: float) -> str:

@@ -14,6 +14,7 @@ import zmq
 
 from esync import transport
 from esync.config import PsConfig, RunConfig, ps_names
+from esync.keys import load_server
 from esync.ps.server import ParameterServer
 from esync.state.server import StateServer
 from esync.worker.client import Worker
@@ -53,9 +54,19 @@ class Cluster:
 
     Args:
         kind: `inproc`, `ipc` or `tcp`.
+        keys: a directory that esync-keys made.
+        curve: encrypt tensors by CURVE instead of sealing them.
     """
 
-    def __init__(self, config: RunConfig, kind: str = "inproc", directory: Path | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        kind: str = "inproc",
+        directory: Path | None = None,
+        *,
+        keys: Path | None = None,
+        curve: bool = False,
+    ):
         self.context: zmq.Context[Any] = zmq.Context()
         number = next(_numbers)
         bind = {
@@ -71,12 +82,17 @@ class Cluster:
         run_dir = directory / "run" if directory else None
         if run_dir:
             run_dir.mkdir(exist_ok=True)
-        self.state = StateServer(config, bind, context=self.context, run_dir=run_dir)
+        self.keys = keys
+        server_keys = load_server(keys) if keys else None
+        self.state = StateServer(
+            config, bind, context=self.context, run_dir=run_dir, keys=server_keys
+        )
         self.endpoint = self.state.endpoint
         self.servers = [
             ParameterServer(
                 self.endpoint,
-                PsConfig(bind=ps_bind if kind == "tcp" else f"{ps_bind}{shard}"),
+                PsConfig(bind=ps_bind if kind == "tcp" else f"{ps_bind}{shard}", curve=curve),
+                keys=server_keys,
                 context=self.context,
                 run_dir=run_dir,
                 name=name,
@@ -100,6 +116,8 @@ class Cluster:
         return self
 
     def worker(self, name: str, rank: int | None = None, **options: Any) -> Worker:
+        if self.keys is not None:
+            options.setdefault("keys", self.keys)
         return Worker(
             self.endpoint, name=name, rank=rank, context=self.context, wait_s=20, **options
         )

@@ -218,7 +218,7 @@ def test_models_and_updates_go_through_keyed_sockets(
     server, gpu = keys.load_server(directory), keys.load_client(directory / "gpu.key")
     with transport.xpub(context, server) as xpub:
         bound = transport.bind(xpub, ANY)
-        with transport.sub(context, bound, [b"model"], gpu) as sub:
+        with transport.xsub(context, bound, b"model", gpu) as sub:
             assert xpub.poll(PATIENCE_MS)
             assert xpub.recv() == b"\x01model"
             xpub.send_multipart([b"model", b"chunk"])

@@ -22,6 +22,7 @@ scalars = st.none() | st.booleans() | integers | floats | texts
 maps = st.dictionaries(texts, scalars | st.lists(scalars, max_size=3), max_size=3)
 VALUES = {
     "bool": st.booleans(),
+    "bytes": st.binary(max_size=64),
     "int": integers,
     "float": floats,
     "str": texts,
@@ -67,7 +68,7 @@ all_fields = [(cls, field.name) for cls in TYPES for field in dataclasses.fields
 
 def example(cls):
     """One valid message of a type as the map that travels."""
-    fill = {"int": 1, "float": 1.5, "str": "a", "bool": True}
+    fill = {"int": 1, "float": 1.5, "str": "a", "bool": True, "bytes": b"key"}
     fill |= {"dict[str, Any]": {}, "list[Any]": []}
     given = {f.name: fill[f.type.split("|")[0].strip()] for f in dataclasses.fields(cls)}
     return msgpack.unpackb(encode(cls(**given)))
@@ -204,8 +205,9 @@ def test_each_required_field_is_asked_for_by_name(cls, name):
 
 @pytest.mark.parametrize(("cls", "name"), all_fields, ids=lambda x: getattr(x, "TYPE", x))
 def test_a_value_of_another_type_is_refused_in_each_field(cls, name):
-    wrong = [b"bytes", msgpack.ExtType(1, b"")]
+    wrong = [msgpack.ExtType(1, b"")]
     types = dict(cls.__annotations__)[name]
+    wrong += [b"b" * 65] if "bytes" in types else [b"bytes"]
     wrong += [1] if "bool" in types else [True, False]
     wrong += [] if "str" in types.split("[")[0] else ["text"]
     wrong += [] if "int" in types or "float" in types else [3]

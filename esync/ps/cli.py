@@ -58,7 +58,8 @@ def main(
         return
     cli.keep_memory()
     raw = cli.tables(file)
-    ps = config.build(PsConfig, {**raw.get("ps", {}), **cli.given(values, PsConfig)}, "ps")
+    shared = {"keys": raw["state"]["keys"]} if raw.get("state", {}).get("keys") else {}
+    ps = config.build(PsConfig, {**shared, **raw.get("ps", {}), **cli.given(values, PsConfig)}, "ps")
     server = ParameterServer(
         cli.state_endpoint(connect, raw),
         ps,

@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from esync.compression import Decoder
 from esync.config import PsConfig, RunConfig, build
 from esync.errors import ConfigError, EsyncError, ModelError, ProtocolError, TransportError
 from esync.journal import Journal, rounded
+from esync.keys import ServerKeys, load_server
 from esync.mailbox import Mailbox
 from esync.messages import (
     INITIAL,
@@ -46,6 +47,7 @@ from esync.messages import (
     Join,
     Leave,
     Members,
+    Message,
     MessageError,
     Model,
     Offer,
@@ -72,6 +74,7 @@ from esync.ps.backend import Backend, backend_for
 from esync.ps.checkpoint import model_name, save_model
 from esync.ps.delivery import Delivery
 from esync.ps.turns import Turns
+from esync.seal import TO_SERVER, TO_WORKERS, Envelope
 from esync.shared_memory import MODEL_SLOTS, UPDATE_SLOTS, Region, SharedMemoryError
 from esync.tensors import Layout, Vector
 
@@ -116,9 +119,11 @@ class TensorThread(threading.Thread):
         config: RunConfig,
         tell: Callable[[NewVersion | Members | Failure], None],
         shard: int = 0,
+        envelope: Envelope | None = None,
     ) -> None:
         super().__init__(name="esync-tensors", daemon=True)
         self.shard = shard
+        self._envelope = envelope or Envelope(b"", "")
         self.inbox: Mailbox[Members | None] = Mailbox()
         self.aggregation: Aggregation | None = None
         self.layout: Layout | None = None  # of this shard
@@ -140,7 +145,7 @@ class TensorThread(threading.Thread):
         self._copies: weakref.WeakValueDictionary[tuple[int, int], Vector] = (
             weakref.WeakValueDictionary()
         )  # (version, chunk) -> what is on its way of it, where the model itself is overwritten
-        self._packed: tuple[Published, bytes, zmq.Frame] | None = None  # what was sent last
+        self._packed: tuple[Published, list[Any], int] | None = None  # what was sent last
         self._members: frozenset[str] = frozenset()
         self._memories: dict[
             str, Region
@@ -254,7 +259,7 @@ class TensorThread(threading.Thread):
     def _have(self, frame: bytes) -> None:
         """A subscriber has received something: the next may go, to it or to those whose turn it is then."""
         try:
-            message = messages.decode(frame)
+            message = self._checked(*self._envelope.unpack_alone(frame, TO_SERVER))
             if not isinstance(message, Have):
                 raise MessageError("unexpected-type", f"{message.TYPE} does not come upstream")
         except MessageError as error:
@@ -302,18 +307,30 @@ class TensorThread(threading.Thread):
                 frames = self._pull.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            self.handle(frames)
+            self.handle([frame.buffer for frame in frames])
             if int(self._xpub.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 self._upstream()  # whoever can take more is not to wait for all that has arrived
 
-    def handle(self, frames: list[zmq.Frame]) -> None:
+    def _opened(self, frames: Sequence[memoryview]) -> tuple[Message, list[memoryview]]:
+        """A worker's message, and its payload if it has one."""
+        head, payload, sender = self._envelope.unpack(frames, TO_SERVER)
+        return self._checked(head, sender), payload
+
+    def _checked(self, frame: memoryview, sender: str) -> Message:
+        """The message in a frame, if it speaks for who sealed it."""
+        message = messages.decode(frame)
+        if self._envelope.is_sealed and getattr(message, "worker", "") != sender:
+            raise MessageError("wrong-sender", f"{sender!r:.80} sealed a message of somebody else")
+        return message
+
+    def handle(self, frames: Sequence[memoryview]) -> None:
         """One message of the data channel; whatever it holds, the worst that follows is an error to its sender."""
         worker = None
         try:
-            message = messages.decode(frames[0].buffer)
+            message, payload = self._opened(frames)
             if isinstance(message, Update):
                 worker = message.worker
-                self._update(message, frames)
+                self._update(message, payload)
             elif isinstance(message, Fetch):
                 worker = message.worker
                 self._fetch(message)
@@ -329,14 +346,14 @@ class TensorThread(threading.Thread):
             if worker is not None:
                 self._send_to(worker, Error(error.code, error.text))
 
-    def _update(self, message: Update, frames: list[zmq.Frame]) -> None:
+    def _update(self, message: Update, sent: list[memoryview]) -> None:
         assert self.aggregation is not None
         assert self.layout is not None
         shared = message.slot >= 0
-        if len(frames) != (1 if shared else 2):
+        if len(sent) != (0 if shared else 1):
             raise MessageError(
                 "bad-frames",
-                f"an update is a header and a chunk or a slot, not {len(frames)} frames",
+                f"an update is a header and a chunk or a slot, not {1 + len(sent)} frames",
             )
         if message.digest != self.layout.digest:
             raise MessageError(
@@ -346,7 +363,7 @@ class TensorThread(threading.Thread):
         if message.incarnation and message.incarnation != self.incarnation:
             self.counters["incarnation"] += 1
             return
-        payload = self._shared_chunk(message) if shared else frames[1].buffer
+        payload = self._shared_chunk(message) if shared else sent[0]
         if payload is None:
             self.counters["overwritten"] += 1
             return
@@ -562,7 +579,8 @@ class TensorThread(threading.Thread):
     def _send_word(self, worker: str, event: Published) -> None:
         header = self._header(event)
         header.slot = event.version % MODEL_SLOTS
-        self._xpub.send_multipart([self._topic_of(worker), messages.encode(header)])
+        frames = self._envelope.pack(messages.encode(header), None, TO_WORKERS)
+        self._xpub.send_multipart([self._topic_of(worker), *frames])
         self.bytes_down += event.data.nbytes
         self.bytes_shared += event.data.nbytes
 
@@ -581,11 +599,11 @@ class TensorThread(threading.Thread):
             else:
                 payload = self._backend.host(event.data).view(np.uint8)
             # No copy, and one frame for everybody whom it is sent.
-            self._packed = event, messages.encode(header), zmq.Frame(payload, copy=False)
+            head, data = self._envelope.pack(messages.encode(header), payload, TO_WORKERS)
+            self._packed = event, [head, zmq.Frame(data, copy=False)], payload.nbytes
         assert self._packed is not None
-        _, head, frame = self._packed
-        self._xpub.send_multipart([self._topic_of(worker), head, frame], copy=False)
-        size = len(frame)
+        _, frames, size = self._packed
+        self._xpub.send_multipart([self._topic_of(worker), *frames], copy=False)
         self.bytes_down += size
         return size
 
@@ -594,7 +612,10 @@ class TensorThread(threading.Thread):
         return Model(self.incarnation, event.version, event.chunk, self.layout.digest)
 
     def _send_to(self, worker: str, message: Want | Error | Offer) -> None:
-        self._xpub.send_multipart([self._topic_of(worker), messages.encode(message)])
+        topic = self._topic_of(worker)
+        self._xpub.send_multipart(
+            [topic, *self._envelope.pack(messages.encode(message), None, TO_WORKERS, topic)]
+        )
 
     def _topic_of(self, worker: str) -> bytes:
         return self._subscribers.get(worker) or topic_of(worker)
@@ -634,8 +655,10 @@ class ParameterServer:
         run_dir: where the log and the final model go.
         wait_s: how long to wait for the state server.
         shard: which of the model's shards it asks for.
+        keys: the servers' keys; by default those that `config` names, if it does.
 
     Raises:
+        KeysError: those cannot be used.
         DeviceError: the device is not there.
         TransportError: an endpoint cannot be bound.
     """
@@ -649,10 +672,13 @@ class ParameterServer:
         wait_s: float = 60.0,
         name: str = "",
         shard: int | None = None,
+        keys: ServerKeys | None = None,
         context: zmq.Context[Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.config = config or PsConfig()
+        if keys is None and self.config.keys:
+            keys = load_server(self.config.keys)
         self.shard = shard
         self.state = state
         self.name = name or f"ps-{transport.hostname()}-{os.getpid()}"
@@ -668,10 +694,11 @@ class ParameterServer:
         self._error: BaseException | None = None
         self._left = False
         self._version = 0
-        self._pull = transport.pull(self._context)
-        self._xpub = transport.xpub(self._context)
+        curve = keys if self.config.curve else None
+        self._pull = transport.pull(self._context, curve)
+        self._xpub = transport.xpub(self._context, curve)
         try:
-            insecure = self.config.insecure
+            insecure = self.config.insecure or keys is not None  # what goes through them is sealed
             push = transport.bind(
                 self._pull, self._endpoint("push", self.config.push_port), insecure=insecure
             )
@@ -681,8 +708,10 @@ class ParameterServer:
             self.endpoints = {
                 "push": transport.advertised(push, state),
                 "model": transport.advertised(model, state),
+                "curve": self.config.curve,
             }
-            self._socket = transport.dealer(self._context, self.name, state)
+            client = keys.client() if keys is not None else None
+            self._socket = transport.dealer(self._context, self.name, state, client)
         except BaseException:
             self._pull.close(0)
             self._xpub.close(0)
@@ -742,6 +771,10 @@ class ParameterServer:
             self._server.send(b"", join)
             await asyncio.sleep(0.5)
             waited = time.monotonic() - started
+            if self.thread is None and (why := transport.refusal(self._socket)):
+                self._error = TransportError(f"cannot join {self.state}: {why}")
+                self._server.stop()
+                return
             if self.thread is None and waited > 2 and not told:
                 told = True
                 self._say(f"waiting for the state server at {self.state}")
@@ -769,6 +802,7 @@ class ParameterServer:
             config,
             self._server.post_threadsafe,
             shard=message.rank,
+            envelope=Envelope(b"" if self.config.curve else message.key, self.name),
         )
         self.thread.start()
         self._journal.write("welcome", endpoints=self.endpoints, device=self._backend.name)

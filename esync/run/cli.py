@@ -19,6 +19,7 @@ from esync import cli, config, messages, transport
 from esync.algorithms import algorithm
 from esync.config import ClusterConfig, RunConfig
 from esync.errors import EsyncError
+from esync.keys import load_client
 from esync.messages import Leave, Status
 from esync.ps import checkpoint
 from esync.report.compare import comparison, read_summary
@@ -154,7 +155,7 @@ class _Run:
         self.console.print(
             f"{len(self.roles)} processes started; logs and results in {self.directory}"
         )
-        self._socket = transport.dealer(zmq.Context.instance(), f"run-{os.getpid()}", self.endpoint)
+        self._socket = self._dealer(f"run-{os.getpid()}")
         if live:
             with Live(console=self.console, refresh_per_second=8, transient=True) as shown:
                 self._watch(lambda: shown.update(view.live_table(*self._seen())))
@@ -221,9 +222,14 @@ class _Run:
                 continue
             raise EsyncError(f"{text}\n  stopped the other roles; see {role.log}")
 
+    def _dealer(self, name: str) -> zmq.Socket[bytes]:
+        keys = self.cluster.state.keys
+        own = load_client(keys) if keys else None
+        return transport.dealer(zmq.Context.instance(), name, self.endpoint, own)
+
     def _report_loss(self, role: Role) -> None:
         """Tell the state server in the dead role's name, so that nobody waits for its heartbeats."""
-        with transport.dealer(zmq.Context.instance(), role.name, self.endpoint) as socket:
+        with self._dealer(role.name) as socket:
             socket.send(messages.encode(Leave(role.name, role.why().splitlines()[0])))
 
     def end(self) -> None:

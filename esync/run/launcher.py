@@ -17,7 +17,7 @@ import tomli_w
 
 from esync.config import OWN, ClusterConfig, WorkerConfig, ps_names
 from esync.errors import EsyncError
-from esync.transport import NAME, RANK, STATE
+from esync.transport import KEYS, NAME, RANK, STATE
 
 _PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 """`python` in a worker's command is the Python that runs this."""
@@ -111,24 +111,31 @@ def roles_of(cluster: ClusterConfig, directory: Path, endpoint: str) -> list[Rol
     common = ["--run-dir", str(directory)]
     file = ["--config", str(directory / "cluster.toml")]
     joins = ["--connect", endpoint]
+    keys = cluster.state.keys  # the servers', which may speak for everybody on this machine
+    keyed = ["--keys", keys] if keys else []
     rows: list[tuple[str, list[str], dict[str, str]]] = [
         ("state", ["esync.state.cli", *file, *common], {}),
     ]
     names = ps_names(cluster.run.ps)
     for shard, name in enumerate(names):
         arguments = ["esync.ps.cli", *file, *joins, *common, "--name", name, "--shard", str(shard)]
+        arguments += [] if cluster.ps.keys else keyed
         if len(names) > 1 and cluster.ps.bind.startswith(("ipc://", "inproc://")):
             arguments += ["--bind", f"{cluster.ps.bind}-{shard}"]
         rows.append((name, arguments, {}))
     workers = cluster.each_worker()
     for rank, row in enumerate(workers):
         arguments = ["esync.worker.cli", *file, *joins, *common]
+        arguments += [] if row.keys or row.host else keyed
         arguments += ["--name", row.name, "--rank", str(rank)]
         environment = environment_of(row)
-        environment |= {STATE: endpoint, NAME: row.name, RANK: str(rank)} if row.command else {}
+        if row.command:
+            environment |= {STATE: endpoint, NAME: row.name, RANK: str(rank)}
+            environment |= {KEYS: row.keys or keys} if row.keys or keys else {}
         rows.append((row.name, arguments, environment))
     if cluster.run.model != OWN:
         evaluator = ["esync.worker.cli", "--evaluate", "--name", "evaluator", *joins, *common]
+        evaluator += keyed
         rows.append(("evaluator", evaluator, environment_of(workers[0])))
     by_name = {row.name: row for row in workers}
     roles = []
@@ -141,6 +148,7 @@ def roles_of(cluster: ClusterConfig, directory: Path, endpoint: str) -> list[Rol
             command = ["esync-worker", *joins, "--name", name, "--rank", arguments[-1]]
             command += ["--device", worker.device, "--step-time", str(worker.step_time_s)]
             command += ["--slowdown", str(worker.slowdown)]
+            command += ["--keys", worker.keys] if worker.keys else []
         roles.append(Role(name, command, env, directory / f"{name}.log", worker.host))
     return roles
 

@@ -87,6 +87,7 @@ class Handlers:
         clock: monotonic seconds.
         on_stop: called once, when the run stops.
         finished: called once, when everybody has left a stopped run.
+        run_key: told to everybody who is welcomed.
     """
 
     def __init__(
@@ -100,8 +101,10 @@ class Handlers:
         on_stop: Callable[[], object] = lambda: None,
         finished: Callable[[], None] = lambda: None,
         policy: Policy | None = None,
+        run_key: bytes = b"",
     ) -> None:
         self.config = config
+        self._run_key = run_key
         self.policy = policy or policy_for(config)
         self.table = self.policy.table()
         self.history = History()
@@ -225,6 +228,7 @@ class Handlers:
             self.config.to_wire(),
             [server.endpoints for server in servers],
             self.config.heartbeat_s,
+            key=self._run_key,
         )
 
     def _register(self, message: Join) -> Record:

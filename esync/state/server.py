@@ -11,7 +11,7 @@ from typing import Any
 
 import zmq
 
-from esync import transport
+from esync import seal, transport
 from esync.config import RunConfig
 from esync.journal import Journal
 from esync.keys import ServerKeys
@@ -68,6 +68,7 @@ class StateServer:
             say=say,
             on_stop=self._write_summary,
             finished=self._server.stop,
+            run_key=seal.new_key() if checked else b"",
         )
         for kind, handler in self.handlers.table_of_handlers().items():
             self._server.on(kind, handler)

@@ -16,6 +16,7 @@ import zmq
 
 from esync import messages, transport
 from esync.compression import Compressor, Payload
+from esync.keys import ClientKeys
 from esync.messages import (
     NO_SHARED_MEMORY,
     Error,
@@ -28,6 +29,7 @@ from esync.messages import (
     Update,
     Want,
 )
+from esync.seal import TO_SERVER, TO_WORKERS, Envelope
 from esync.shared_memory import MODEL_SLOTS, Region, SharedMemoryError
 from esync.tensors import Vector
 from esync.worker.assembly import Assembly
@@ -63,6 +65,8 @@ class Channel:
         shard: which of the model's shards it keeps.
         endpoints: its own, in the order push, model.
         role: `worker` or `evaluator`.
+        envelope: seals what is sent and opens what comes, if the run does.
+        keys: for servers whose sockets have keys themselves.
         memory: gives the memory in which this worker's updates are put for servers on this machine, or None.
         on_complete: a version of the shard is complete.
         on_error: the server refused something.
@@ -83,6 +87,8 @@ class Channel:
         on_complete: Callable[[], None],
         on_error: Callable[[Error], None],
         on_want: Callable[[Channel, int, list[int]], None],
+        envelope: Envelope,
+        keys: ClientKeys | None,
         context: zmq.Context[Any],
         poller: zmq.Poller,
     ) -> None:
@@ -93,16 +99,15 @@ class Channel:
         self._whole_memory = memory
         self._memory: Region | None = None  # this shard's part of it
         self._on_complete, self._on_error, self._on_want = on_complete, on_error, on_want
-        self._poller = poller
+        self._poller, self._envelope = poller, envelope
         self._outgoing: deque[list[Any]] = deque()
         self._offered_to = ""  # the incarnation of the server
         self._offered_at: float | None = None  # until there is an answer
         self._received = 0  # bytes since we said what has arrived
         push, model = endpoints
-        self._push = transport.push(context, push)
-        self.sub = transport.xsub(
-            context, model, f"{'e' if role == 'evaluator' else 'w'}/{worker}/".encode()
-        )
+        self._topic = f"{'e' if role == 'evaluator' else 'w'}/{worker}/".encode()
+        self._push = transport.push(context, push, keys)
+        self.sub = transport.xsub(context, model, self._topic, keys)
         poller.register(self.sub, zmq.POLLIN)
 
     def close(self) -> None:
@@ -118,7 +123,7 @@ class Channel:
 
     def post(self, message: Message) -> None:
         """Send a message without a payload."""
-        self._outgoing.append([messages.encode(message)])
+        self._outgoing.append(self._envelope.pack(messages.encode(message), None, TO_SERVER))
         self.flush()
 
     def push_chunk(self, update: Push, chunk: int, part: Vector, *, in_place: bool) -> None:
@@ -141,14 +146,13 @@ class Channel:
                 if not in_place:
                     np.copyto(self._memory.begin(0, chunk), part)
                 self._memory.finish(0, chunk, header.round)
-            header.slot = 0
-            self._outgoing.append([messages.encode(header)])
+            header.slot, payload = 0, None
         else:
             key = self.shard, chunk
             if key not in update.payloads:
                 update.payloads[key] = self._compressor.encode(chunk, part, header.round)
             header.encoding, payload = update.payloads[key]
-            self._outgoing.append([messages.encode(header), payload])
+        self._outgoing.append(self._envelope.pack(messages.encode(header), payload, TO_SERVER))
         self.flush()
 
     def flush(self) -> None:
@@ -194,10 +198,13 @@ class Channel:
         if len(frames) < 2:
             raise MessageError("bad-frames", "a model message has a topic and a header")
         message = messages.decode(frames[1].buffer)
+        # What is for us alone is sealed with our topic: it is nobody else's.
+        about = () if isinstance(message, Model) else (frames[0].buffer,)
+        _, payload, _ = self._envelope.unpack([f.buffer for f in frames[1:]], TO_WORKERS, *about)
         if isinstance(message, Model):
-            if len(frames) != (3 if message.slot < 0 else 2):
+            if len(payload) != (1 if message.slot < 0 else 0):
                 raise MessageError("bad-frames", "a model message has one payload or a slot")
-            self._on_model(message, frames[2].buffer if message.slot < 0 else None)
+            self._on_model(message, payload[0] if payload else None)
         elif isinstance(message, Want):
             self._meet(message.incarnation)
             count = len(self.assembly.layout.chunks)
@@ -226,7 +233,8 @@ class Channel:
             if complete or self._received >= transport.HAVE_BYTES:
                 self._received = 0
                 have = Have(self._worker, header.version, header.chunk, complete)
-                self.sub.send(messages.encode(have), zmq.NOBLOCK)
+                frame = self._envelope.pack_alone(messages.encode(have), TO_SERVER)
+                self.sub.send(frame, zmq.NOBLOCK)
         if complete:
             self._on_complete()
 

@@ -56,7 +56,14 @@ def main(
     role = "evaluator" if evaluate else "worker"
     name = settings.name or ("evaluator" if evaluate else "")
     with Worker(
-        endpoint, name=name, rank=rank, device=_label(settings), role=role, wait_s=wait, say=cli.say
+        endpoint,
+        name=name,
+        rank=rank,
+        device=_label(settings),
+        role=role,
+        keys=settings.keys,
+        wait_s=wait,
+        say=cli.say,
     ) as worker:
         journal = Journal(_log(directory, worker.name), worker.name)
         rank_text = "" if evaluate else f" with rank {worker.rank}"

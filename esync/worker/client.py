@@ -15,6 +15,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +29,7 @@ from esync.compression import Compressor
 from esync.config import RunConfig, build
 from esync.data import partition
 from esync.errors import EsyncError, ModelError
+from esync.keys import SERVER, load_client
 from esync.messages import INITIAL, Join, Report
 from esync.tensors import Parts, Vector
 from esync.worker.assembly import Shards, Whole
@@ -52,11 +54,14 @@ class Worker:
         name: this worker's id, unique in the run; a worker that comes back under its id keeps its rank.
             Default: $ESYNC_NAME, else the host's name and the process id.
         rank: the rank asked for; given if it is free. Default: $ESYNC_RANK, else the lowest free one.
+        keys: the file NAME.key that esync-keys made for this worker, if the servers have keys. Default: $ESYNC_KEYS.
+            Its ids begin with NAME then, and so does the default.
         wait_s: how long to wait for the state server's first answer.
         say: called with lines for the user, such as what is being waited for.
 
     Raises:
-        TransportError: no state server answered in time.
+        KeysError: the keys cannot be used.
+        TransportError: no state server answered in time, or it does not let these keys in.
         ProtocolError: the state server refused; the text says why.
     """
 
@@ -68,14 +73,16 @@ class Worker:
         rank: int | None = None,
         device: str = "",
         role: str = "worker",
+        keys: str | Path = "",
         wait_s: float = 60.0,
         context: zmq.Context[Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         state = state or os.environ.get(transport.STATE) or transport.DEFAULT_STATE
-        self.name = (
-            name or os.environ.get(transport.NAME) or f"{transport.hostname()}-{os.getpid()}"
-        )
+        keys = keys or os.environ.get(transport.KEYS, "")
+        own = load_client(keys) if keys else None
+        host = transport.hostname() if own is None or own.name == SERVER else own.name
+        self.name = name or os.environ.get(transport.NAME) or f"{host}-{os.getpid()}"
         if rank is None and os.environ.get(transport.RANK, "").isdigit():
             rank = int(os.environ[transport.RANK])
         messages.check_worker_id(self.name)
@@ -88,7 +95,12 @@ class Worker:
             life=secrets.token_hex(4),
         )
         self._link = Link(
-            state, join, wait_s=wait_s, context=context or zmq.Context.instance(), say=say
+            state,
+            join,
+            wait_s=wait_s,
+            keys=own,
+            context=context or zmq.Context.instance(),
+            say=say,
         )
         self._shared = self._link.shared
         self._changed = self._link.shared.changed

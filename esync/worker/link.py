@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from esync import messages, transport
 from esync.compression import Compressor
 from esync.errors import EsyncError, ProtocolError, TransportError
+from esync.keys import ClientKeys
 from esync.mailbox import Mailbox
 from esync.messages import (
     INITIAL,
@@ -32,6 +32,7 @@ from esync.messages import (
     Status,
     Welcome,
 )
+from esync.seal import Envelope
 from esync.shared_memory import UPDATE_SLOTS, WRITING, Region, SharedMemoryError
 from esync.tensors import Layout, Vector
 from esync.worker.assembly import Shards
@@ -76,6 +77,7 @@ class Link(threading.Thread):
         state: the state server's endpoint.
         join: what to register as; sent again whenever the state server does not know us.
         wait_s: how long to wait for the state server's first answer.
+        keys: of this worker, if the servers have keys.
         say: tells the user what is being waited for.
     """
 
@@ -85,6 +87,7 @@ class Link(threading.Thread):
         join: Join,
         *,
         wait_s: float,
+        keys: ClientKeys | None = None,
         context: zmq.Context[Any],
         say: Callable[[str], None],
     ) -> None:
@@ -94,15 +97,13 @@ class Link(threading.Thread):
         self.inbox: Mailbox[Message | Push | Layout | Ask | None] = Mailbox()
         self._state, self._join, self._wait_s = state, join, wait_s
         self._context, self._say = context, say
-        self._control = transport.dealer(context, join.worker, state)
+        self._keys = keys
+        self._control = transport.dealer(context, join.worker, state, keys)
         self._channels: list[Channel] = []  # to the parameter servers
         self._memory: Region | None = None  # where updates are put for those on this machine
         self._no_memory = False  # this system has none
         self._poller = zmq.Poller()
         self._lost_at: float | None = None
-        self._monitor = self._control.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        )
         self._last_said = ""
         self._answered = False
         self._began = 0.0
@@ -116,7 +117,6 @@ class Link(threading.Thread):
             log.exception("the worker's link failed")
             self._fail(EsyncError(f"the worker's input/output failed: {error}"))
         finally:
-            self._monitor.close(0)
             self._control.close()
             for channel in self._channels:
                 channel.close()
@@ -126,8 +126,6 @@ class Link(threading.Thread):
         poller = self._poller
         poller.register(self.inbox.fileno(), zmq.POLLIN)
         poller.register(self._control, zmq.POLLIN)
-        monitor = self._monitor
-        poller.register(monitor, zmq.POLLIN)
         self._began = time.monotonic()
         self._send_join()
         while True:
@@ -137,9 +135,6 @@ class Link(threading.Thread):
                     if item is None:
                         return
                     self._outbound(item)
-            if monitor in ready:
-                up = recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
-                self._lost_at = None if up else self._lost_at or time.monotonic()
             if self._control in ready:
                 self._control_messages()
             for channel in self._channels:
@@ -271,6 +266,7 @@ class Link(threading.Thread):
             text = f"{len(message.endpoints)} endpoints for {model.layout.shards} parameter servers"
             raise MessageError("bad-field", f"welcome: {text}")
         pairs = [_endpoints(x, self._state) for x in message.endpoints]
+        curve = [bool(raw.get("curve")) for raw in message.endpoints]
         for shard, endpoints in enumerate(pairs):
             self._channels.append(
                 Channel(
@@ -285,6 +281,8 @@ class Link(threading.Thread):
                     on_complete=self._on_complete,
                     on_error=self._on_error,
                     on_want=self._on_want,
+                    envelope=Envelope(b"" if curve[shard] else message.key, self._join.worker),
+                    keys=self._keys if curve[shard] else None,
                     context=self._context,
                     poller=self._poller,
                 )
@@ -336,7 +334,11 @@ class Link(threading.Thread):
 
     def _on_time(self, now: float, began: float) -> None:
         shared = self.shared
+        lost = transport.is_lost(self._control)
+        self._lost_at = (self._lost_at or now) if lost else None
         if not self._answered:
+            if why := transport.refusal(self._control):
+                self._fail(TransportError(f"cannot join {self._state}: {why}"))
             if now - began > 2.0:
                 self._tell(f"waiting for the state server at {self._state}")
             if now - began > self._wait_s:
