@@ -35,10 +35,13 @@ from inside.role import loopback_bytes
 from rich.console import Console
 from rich.table import Table
 
+from esync import keys
+
 WARM_UP = 3
 """Synchronisations that are not counted: memory is touched for the first time in them."""
 CHUNK = 1 << 20
-LANES = ("tcp", "ipc", "shared memory")
+SEALED, CURVE = "tcp, sealed", "tcp, CURVE"
+LANES = ("tcp", "ipc", "shared memory", SEALED, CURVE)
 CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -141,12 +144,13 @@ def intervals(ends: list[float]) -> list[float]:
 # esync
 
 
-def esync_state(pipe: Connection, run: dict[str, Any], bind: str) -> None:
-    from esync import transport
+def esync_state(pipe: Connection, run: dict[str, Any], bind: str, directory: str) -> None:
+    from esync import keys, transport
     from esync.config import RunConfig
     from esync.state.server import StateServer
 
-    server = StateServer(RunConfig(**run), bind)
+    own = keys.load_server(directory) if directory else None
+    server = StateServer(RunConfig(**run), bind, keys=own)
     pipe.send(server.endpoint)
     transport.run(server.run())
 
@@ -157,18 +161,21 @@ def esync_ps(pipe: Connection, state: str, options: dict[str, Any]) -> None:
     from esync.ps.server import ParameterServer
 
     cli.keep_memory()  # as esync-ps does
-    server = ParameterServer(state, PsConfig(**options), name="ps")
+    shard = options.pop("shard")
+    server = ParameterServer(state, PsConfig(**options), name=f"ps{shard}", shard=shard)
     pipe.send("ready")
     transport.run(server.run())
 
 
-def esync_worker(pipe: Connection, state: str, rank: int, elements: int, rounds: int) -> None:
+def esync_worker(
+    pipe: Connection, state: str, rank: int, elements: int, rounds: int, directory: str
+) -> None:
     from esync import cli
     from esync.worker.client import Worker
 
     cli.keep_memory()  # as esync-worker does
     update = np.random.default_rng(rank).normal(size=elements).astype(np.float32)
-    with Worker(state, name=f"w{rank}", rank=rank) as worker:
+    with Worker(state, name=f"w{rank}", rank=rank, keys=directory) as worker:
         worker.start({"w": np.zeros(elements, np.float32)})
         pipe.send("started")
         pipe.recv()
@@ -189,14 +196,23 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         tcp = lane != "ipc"
         bind = "tcp://127.0.0.1:*" if tcp else f"ipc://{folder}/state"
-        options = {"bind": "127.0.0.1" if tcp else f"ipc://{folder}/ps"}
-        state, _ = stack.enter_context(child(esync_state, settings, bind))
+        directory = ""
+        if lane in (SEALED, CURVE):
+            directory = f"{folder}/keys"
+            keys.make(directory, [])
+        state, _ = stack.enter_context(child(esync_state, settings, bind, directory))
         endpoint = result_of(state, "the state server")
-        ps, ps_pid = stack.enter_context(child(esync_ps, endpoint, options))
-        result_of(ps, "the parameter server")
+        servers = []
+        for shard in range(settings.get("ps", 1)):
+            options = {"bind": "127.0.0.1" if tcp else f"ipc://{folder}/ps{shard}", "shard": shard}
+            options |= {"keys": directory, "curve": lane == CURVE}
+            servers.append(stack.enter_context(child(esync_ps, endpoint, options)))
+        for pipe, _ in servers:
+            result_of(pipe, "a parameter server")
+        ps_pid = servers[0][1]
         before_mb = memory_mb(ps_pid, "VmRSS")
         trainers = [
-            stack.enter_context(child(esync_worker, endpoint, rank, elements, rounds))
+            stack.enter_context(child(esync_worker, endpoint, rank, elements, rounds, directory))
             for rank in range(workers)
         ]
         for rank, (pipe, _) in enumerate(trainers):
@@ -214,7 +230,7 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
             for pid, before in zip((ps_pid, trainers[0][1]), faults, strict=True)
         ]
         assert len({value for _, value, _ in results}) == 1, "the workers' models differ"
-        name = f"esync, {lane}" + "".join(f", {value}" for value in run.values())
+        name = f"esync, {lane}" + "".join(f", {_say(key, value)}" for key, value in run.items())
         return Row(
             name,
             workers,
@@ -227,6 +243,10 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
             worker_mb=max(memory_mb(pid, "VmHWM") for _, pid in trainers),
             notes={"page_faults": dict(zip(("server", "worker"), faults, strict=True))},
         )
+
+
+def _say(option: str, value: Any) -> str:
+    return f"{value} servers" if option == "ps" else str(value)
 
 
 LEAVES = 100
@@ -506,6 +526,9 @@ def show_steps(rows: list[dict[str, Any]]) -> None:
 @click.option("--rounds", type=click.IntRange(min=5), default=None, help="Counted rounds [30].")
 @click.option("--lane", "lanes", multiple=True, type=click.Choice(LANES), help="Only this lane.")
 @click.option("--compression", multiple=True, help="Also over tcp with this compression.")
+@click.option(
+    "--ps", type=click.IntRange(2), multiple=True, help="Also over tcp with so many servers."
+)
 @click.option("--only-esync", is_flag=True, help="Leave out gloo and the floors.")
 @click.option(
     "--step", is_flag=True, help="Only what worker.step takes when there is nothing to do."
@@ -519,6 +542,7 @@ def main(
     rounds: int | None,
     lanes: tuple[str, ...],
     compression: tuple[str, ...],
+    ps: tuple[int, ...],
     only_esync: bool,
     step: bool,
     repeat: int,
@@ -532,8 +556,7 @@ def main(
     if step:
         steps = [
             stepping(lane, 2, 4.0 if quick else 45.0, 3.0 if quick else 15.0)
-            for lane in lanes or LANES
-            if lane != "ipc"
+            for lane in lanes or ("tcp", "shared memory")
         ]
         show_steps(steps)
         if file:
@@ -553,6 +576,12 @@ def main(
                 plan.append(
                     lambda name=name, n=workers, mb=mb: esync(  # type: ignore[misc]
                         "tcp", n, mb, rounds, compression=name
+                    )
+                )
+            for count in ps:
+                plan.append(
+                    lambda count=count, n=workers, mb=mb: esync(  # type: ignore[misc]
+                        "tcp", n, mb, rounds, ps=count
                     )
                 )
             if not only_esync:

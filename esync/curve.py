@@ -92,9 +92,8 @@ class Client(zmq.Socket[bytes]):
         if self._failed in (0, zmq.EVENT_HANDSHAKE_SUCCEEDED):
             return ""
         if self._keys is None:
-            return (
-                "" if self._silent < _OFTEN else "the server ended the handshake: it may have keys"
-            )
+            mismatch = self._failed == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            return "the server has keys: this side needs one too, with --keys" if mismatch else ""
         if self._failed == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return (
                 f"the server refused the key of {self._keys.name!r} ({self._keys.public}): it was revoked, or is "

@@ -59,7 +59,9 @@ def main(
     cli.keep_memory()
     raw = cli.tables(file)
     shared = {"keys": raw["state"]["keys"]} if raw.get("state", {}).get("keys") else {}
-    ps = config.build(PsConfig, {**shared, **raw.get("ps", {}), **cli.given(values, PsConfig)}, "ps")
+    ps = config.build(
+        PsConfig, {**shared, **raw.get("ps", {}), **cli.given(values, PsConfig)}, "ps"
+    )
     server = ParameterServer(
         cli.state_endpoint(connect, raw),
         ps,
