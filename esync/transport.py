@@ -31,7 +31,7 @@ MAX_CONTROL_BYTES = 4 << 20
 """Largest frame on the control channel."""
 MAX_CHUNK_BYTES = 4 << 20
 """Largest frame on the data channel; chunks are at most 2 MiB."""
-CHUNKS_RECEIVED = 2
+CHUNKS_RECEIVED = 1
 """Chunks of each worker that wait at the parameter server to be looked at: they are what its memory grows by."""
 CHUNKS_SENT = 64
 """Chunks of an update that wait at the worker to be sent: they are part of the update, and take no memory."""

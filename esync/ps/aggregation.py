@@ -70,6 +70,8 @@ class Completed:
 
 
 NOT_FINITE = "not-finite"
+MOST_ALONE = 6
+"""Contributions that wait for a second one to begin a sum with; they are memory besides the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +213,7 @@ class Mean(Aggregation):
 
     Args:
         ordered: add up in the order of ranks instead of arrival, so that the result does not depend on it; keeps
-            a round's chunks until the last one is there.
+            a round's chunks until those of all lower ranks are there.
     """
 
     def __init__(
@@ -241,11 +243,13 @@ class Mean(Aggregation):
     def _begin(self) -> None:
         self._arrived: list[set[str]] = [set() for _ in self.chunks]
         self._first: list[tuple[Array, float] | None] = [None] * len(self.chunks)
+        self._alone: dict[int, None] = {}  # chunks that have but that, the oldest first
         self._totals: list[Array] = [None] * len(self.chunks)
         self._rooms: list[Array] = [None] * len(self.chunks)  # where those are that have one
         self._weights = [0.0] * len(self.chunks)
         self._steps = [0] * len(self.chunks)
-        self._kept: list[list[Contribution]] = [[] for _ in self.chunks]
+        self._kept: list[dict[str, Contribution]] = [{} for _ in self.chunks]
+        self._added: list[set[str]] = [set() for _ in self.chunks]  # of whom it is in the sum
         self._next: list[Array] = [None] * len(self.chunks)
         self._encoded: list[Encoded | None] = [None] * len(self.chunks)
         self._doubted: set[int] = set()
@@ -259,10 +263,21 @@ class Mean(Aggregation):
             return [Refused(NOT_FINITE, update.worker)]
         self._arrived[update.chunk].add(update.worker)
         if self._ordered:
-            self._kept[update.chunk].append(update)
+            self._kept[update.chunk][update.worker] = update
+            self._add_in_order(update.chunk)
         else:
             self._add(update)
         return self._finish([update.chunk])
+
+    def _add_in_order(self, chunk: int) -> None:
+        """Add what does not have to wait for a lower rank's."""
+        kept, added = self._kept[chunk], self._added[chunk]
+        for worker in self._expected:
+            if worker not in added:
+                if worker not in kept:
+                    return
+                added.add(worker)
+                self._add(kept.pop(worker))
 
     def _add(self, update: Contribution) -> None:
         chunk, weight = update.chunk, 1.0
@@ -278,12 +293,24 @@ class Mean(Aggregation):
             self.backend.add_scaled(self._totals[chunk], update.data, factor)
         elif first is None:
             self._first[chunk] = update.data, factor  # the sum begins with the second one
+            self._alone[chunk] = None
+            if len(self._alone) > MOST_ALONE:
+                self._begin_sum(next(iter(self._alone)))
         else:
             self._totals[chunk] = self.backend.blend(
                 *first, update.data, factor, self._new_room(chunk)
             )
             self._first[chunk] = None
+            self._alone.pop(chunk, None)
         self._weights[chunk] += weight
+
+    def _begin_sum(self, chunk: int) -> None:
+        """Begin a chunk's sum with its first contribution, whose memory is free then."""
+        first = self._first[chunk]
+        assert first is not None
+        self._totals[chunk] = self.backend.scaled(*first, self._new_room(chunk))
+        self._first[chunk] = None
+        self._alone.pop(chunk, None)
 
     def _new_room(self, chunk: int) -> Array | None:
         """Where the next version's chunk is made, if that is given."""
@@ -296,7 +323,7 @@ class Mean(Aggregation):
         return self.config.weights == "fednova" and self.layout.chunks[chunk].kind == DELTA
 
     def set_members(self, ranks: Mapping[str, int]) -> list[Event]:
-        self._expected = dict(ranks)
+        self._expected = dict(sorted(ranks.items(), key=lambda item: (item[1], item[0])))
         return self._finish(range(len(self.chunks))) if self.version >= 0 else []
 
     def _finish(self, candidates: list[int] | range) -> list[Event]:
@@ -332,20 +359,19 @@ class Mean(Aggregation):
         workers = frozenset(self._arrived[chunk])
         self._doubted.add(chunk)
         self._arrived[chunk], self._weights[chunk], self._steps[chunk] = set(), 0.0, 0
+        self._kept[chunk], self._added[chunk] = {}, set()
         return Doubted(self.version, chunk, workers)
 
     def _new_value(self, chunk: int) -> Array | None:
         """The chunk of the next version; None if it would not be finite."""
-        last = (len(self._expected), "")
-        for update in sorted(
-            self._kept[chunk], key=lambda u: (self._expected.get(u.worker, last[0]), u.worker)
-        ):
+        self._add_in_order(chunk)
+        for _, update in sorted(self._kept[chunk].items()):  # of workers that are not expected
             self._add(update)
-        self._kept[chunk] = []
-        total, weight, first = self._totals[chunk], self._weights[chunk], self._first[chunk]
-        if first is not None:
-            total = self.backend.scaled(*first, self._new_room(chunk))
-        self._totals[chunk] = self._first[chunk] = None
+        self._kept[chunk] = {}
+        if self._first[chunk] is not None:
+            self._begin_sum(chunk)
+        total, weight = self._totals[chunk], self._weights[chunk]
+        self._totals[chunk] = None
         scale = 1.0 / weight
         if self.layout.chunks[chunk].kind == DELTA:
             if self._normalised(chunk):
