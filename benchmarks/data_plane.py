@@ -122,7 +122,7 @@ def _until_told(target: Callable[..., None], pipe: Connection, *args: Any) -> No
         pass
 
 
-def result_of(pipe: Connection, who: str, patience_s: float = 300.0) -> Any:
+def result_of(pipe: Connection, who: str, patience_s: float = 120.0) -> Any:
     """What a child sends next.
 
     Raises:
@@ -144,7 +144,7 @@ def intervals(ends: list[float]) -> list[float]:
 # esync
 
 
-def esync_state(pipe: Connection, run: dict[str, Any], bind: str, directory: str) -> None:
+def esync_state(pipe: Connection, run: dict[str, Any], bind: str, directory: str = "") -> None:
     from esync import keys, transport
     from esync.config import RunConfig
     from esync.state.server import StateServer
@@ -161,7 +161,7 @@ def esync_ps(pipe: Connection, state: str, options: dict[str, Any]) -> None:
     from esync.ps.server import ParameterServer
 
     cli.keep_memory()  # as esync-ps does
-    shard = options.pop("shard")
+    shard = options.pop("shard", 0)
     server = ParameterServer(state, PsConfig(**options), name=f"ps{shard}", shard=shard)
     pipe.send("ready")
     transport.run(server.run())
