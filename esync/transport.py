@@ -212,7 +212,8 @@ def _heartbeats(socket: zmq.Socket[bytes]) -> None:
 def pull(context: zmq.Context[Any], keys: ServerKeys | None = None) -> zmq.Socket[bytes]:
     """Where updates arrive. The high-water mark counts chunks, and so bounds memory."""
     socket = _socket_of(context, zmq.PULL, MAX_CHUNK_BYTES, keys)
-    socket.setsockopt(zmq.RCVHWM, CHUNKS_RECEIVED)
+    # libzmq queues the credentials of a connection with keys as a first message, and never counts it as taken off.
+    socket.setsockopt(zmq.RCVHWM, CHUNKS_RECEIVED + (keys is not None))
     return socket
 
 
