@@ -233,6 +233,14 @@ class Compressor:
         """What a chunk lost is not to be made up for any more."""
         self._lost.pop(chunk, None)
 
+    def lost(self) -> dict[int, Vector]:
+        """What chunks lost and have not made up for yet."""
+        return dict(self._lost)
+
+    def load(self, lost: dict[int, Vector]) -> None:
+        """Go on from what `lost` returned."""
+        self._lost = dict(lost)
+
     def encoded_bytes(self) -> int:
         """Bytes of a whole model's chunks."""
         return sum(

@@ -192,6 +192,21 @@ class RunConfig:
     heartbeat_s: float = _option(
         10.0, "A worker that is silent for so long is evicted.", low=0.1, high=3600
     )
+    min_workers: int = _option(
+        1, "With fewer workers than this left, the run pauses until others come.", low=1
+    )
+    deadline_s: float = _option(
+        300.0,
+        "The longest that a barrier waits for a worker which is connected and does not arrive; mostly much less: "
+        "its earlier arrivals tell (0: as long as it is connected).",
+        low=0,
+    )
+    deadline_floor_s: float = _option(5.0, "And the least that it waits.", low=0)
+    ps_wait_s: float = _option(
+        300.0,
+        "A run whose parameter server is silent waits so long for it to come back.",
+        low=0,
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "run")
@@ -291,6 +306,12 @@ class PsConfig:
     bind: str = _option("127.0.0.1", "Address to listen on, or ipc://PATH or inproc://NAME.")
     push_port: int = _option(0, "Port for updates (0: a free one).", low=0, high=65535)
     model_port: int = _option(0, "Port for models (0: a free one).", low=0, high=65535)
+    checkpoint_s: float = _option(
+        60.0,
+        "With a run directory: seconds between two checkpoints (0: none); another one at the end.",
+        low=0,
+    )
+    keep_checkpoints: int = _option(3, "So many are kept, the newest.", low=1)
     keys: str = _option(
         "",
         "Directory made by esync-keys: join with these keys, and seal the tensors.  (In a file: that of [state].)",

@@ -176,6 +176,7 @@ class Envelope:
     """
 
     def __init__(self, run_key: bytes, identity: str) -> None:
+        self.key = run_key
         self._sealer = Sealer(run_key, identity) if run_key else None
         self._opener = Opener(run_key) if run_key else None
 

@@ -990,7 +990,7 @@ def test_an_evaluator_that_is_heard_may_take_longer_over_the_final_model():
 
 
 def test_a_parameter_server_that_falls_silent_ends_the_run_that_it_served():
-    server = running("a", heartbeat_s=10.0)
+    server = running("a", heartbeat_s=10.0, ps_wait_s=0.0)
     server.now += 8.0
     server.beat("a")
     assert server.tick(1.0) == []

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from esync.compression import Compressor, Decoder, Payload
 from esync.config import RunConfig
+from esync.errors import ModelError
 from esync.messages import INITIAL
 from esync.ps.backend import Array, Backend
 from esync.ps.outer import OUTER
@@ -70,6 +71,8 @@ class Completed:
 
 
 NOT_FINITE = "not-finite"
+MODEL, AVERAGE, LOST, OUTER_STATE = "model", "average", "lost", "outer."
+"""Names in a snapshot; the last is what names of the outer optimiser's state begin with."""
 MOST_ALONE = 6
 """Contributions that wait for a second one to begin a sum with; they are memory besides the model."""
 
@@ -181,6 +184,27 @@ class Aggregation(ABC):
         room[:] = data
         return room
 
+    def snapshot(self) -> dict[str, list[Array]]:
+        """Everything that the next versions depend on: name -> one vector per chunk, or None. What was returned is not
+        written to again (a model that was moved: not before the version after the next begins)."""
+        return {MODEL: list(self.chunks)}
+
+    def restore(self, version: int, arrays: dict[str, list[Array]]) -> None:
+        """Go on from what `snapshot` returned at `version`.
+
+        Raises:
+            ModelError: it is of another model, or of another kind of run.
+        """
+        count = len(self.layout.chunks)
+        for name, chunks in arrays.items():
+            sizes = [None if x is None else x.size for x in chunks]
+            fits = len(chunks) == count and all(
+                size in (None, at.size) for size, at in zip(sizes, self.layout.chunks, strict=True)
+            )
+            if not fits or (name == MODEL and None in sizes):
+                raise ModelError(f"the {name} that was saved is not of this model")
+        self.version, self.chunks = version, list(arrays[MODEL])
+
     def sent_to(self, worker: str) -> None:  # noqa: B027 - most aggregations need not know
         """The current model is being sent to one worker."""
 
@@ -230,6 +254,23 @@ class Mean(Aggregation):
 
     def averaged(self) -> list[Array]:
         return self._average or self.chunks
+
+    def snapshot(self) -> dict[str, list[Array]]:
+        arrays = super().snapshot()
+        arrays |= {OUTER_STATE + name: chunks for name, chunks in self.outer.state().items()}
+        if self._average:
+            arrays[AVERAGE] = list(self._average)
+        if lost := self._compressor.lost():
+            arrays[LOST] = [lost.get(i) for i in range(len(self.chunks))]
+        return arrays
+
+    def restore(self, version: int, arrays: dict[str, list[Array]]) -> None:
+        super().restore(version, arrays)
+        begin = len(OUTER_STATE)
+        self.outer.load({n[begin:]: x for n, x in arrays.items() if n.startswith(OUTER_STATE)})
+        self._average = list(arrays.get(AVERAGE, []))
+        self._compressor.load({i: x for i, x in enumerate(arrays.get(LOST, [])) if x is not None})
+        self._begin()
 
     def _average_in(self, before: list[Array]) -> None:
         """`a[t] = d * a[t-1] + (1 - d) * w[t]`, with `d = ema`, but no more than t / (t + 2) at first: the initial

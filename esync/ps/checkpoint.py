@@ -1,12 +1,21 @@
-"""The model as a file that anything can read: safetensors, one named tensor per leaf, in float32.
+"""The model as a file that anything can read, and checkpoints from which a parameter server goes on.
 
-Where several parameter servers share the model each writes its shard to a file of its own, with leaves that are cut
-under `path[start:stop]`; `join` makes the one file of them.
+The model is safetensors with one named tensor per leaf, in float32. Where several parameter servers share it each
+writes its shard to a file of its own, with leaves that are cut under `path[start:stop]`; `join` makes one file of them.
+
+A checkpoint is safetensors too, with one tensor per chunk of everything that the next version depends on. Its name ends
+with its checksum; it is written under another name and renamed, so it is there whole or not at all.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +27,11 @@ from esync.errors import EsyncError, ModelError
 from esync.ps.backend import Array, Backend
 from esync.tensors import Layout, Leaf, Pieces
 
+log = logging.getLogger("esync.ps")
 MODEL = "model.safetensors"
+CHECKPOINTS = "checkpoints"
+"""The directory of a run that holds them."""
+FORMAT = 1
 ABOUT = "esync"
 """The key of a file's metadata under which stands what we say of it, as JSON."""
 
@@ -117,3 +130,171 @@ def _save(path: Path, tensors: dict[str, np.ndarray[Any, Any]], about: dict[str,
     # One key of metadata: several come in any order.
     save_file(tensors, part, metadata={ABOUT: json.dumps(about)})
     part.replace(path)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A parameter server at one version.
+
+    Attributes:
+        whole, shard: the model's layout, and which of its shards this is.
+        arrays: what `Aggregation.snapshot` returned, in host memory.
+        members: who was expected at the barrier.
+        config: `[run]`.
+    """
+
+    version: int
+    whole: Layout
+    shard: int
+    arrays: dict[str, list[np.ndarray[Any, Any] | None]]
+    members: list[str]
+    config: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one shard in one directory.
+
+    Args:
+        keep: so many are kept, the newest.
+    """
+
+    def __init__(self, directory: Path, keep: int, shard: int = 0) -> None:
+        self.directory = directory
+        self.keep = keep
+        self.shard = shard
+
+    def paths(self) -> list[Path]:
+        """All of them, the newest version first."""
+        return sorted(
+            self.directory.glob(f"shard{self.shard}-version*-*.safetensors"), reverse=True
+        )
+
+    def write(self, snapshot: Snapshot) -> Path:
+        """Write one, and remove those that are not kept any more.
+
+        Raises:
+            OSError: it could not be written; the earlier ones are still there.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{name}/{i}": np.ascontiguousarray(x)
+            for name, chunks in snapshot.arrays.items()
+            for i, x in enumerate(chunks)
+            if x is not None
+        }
+        about = {
+            "format": FORMAT,
+            "version": snapshot.version,
+            "shard": snapshot.shard,
+            "shards": snapshot.whole.shards,
+            "counts": {name: len(chunks) for name, chunks in snapshot.arrays.items()},
+            "members": snapshot.members,
+            "config": snapshot.config,
+            **snapshot.whole.to_wire(),
+        }
+        part = self.directory / f"shard{self.shard}.part"
+        save_file(tensors, part, metadata={ABOUT: json.dumps(about)})
+        name = f"shard{self.shard}-version{snapshot.version:010d}-{_checksum(part)}.safetensors"
+        path = self.directory / name
+        _sync(part)
+        part.replace(path)
+        _sync(self.directory)
+        for old in self.paths()[self.keep :]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def latest(self, say: Callable[[str], None]) -> Snapshot | None:
+        """The newest one that is whole; None if there is none. Damaged ones are passed over, which `say` is told."""
+        for path in self.paths():
+            try:
+                return _read(path)
+            except (EsyncError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                say(f"{path} is damaged and passed over: {error}")
+        return None
+
+
+def _read(path: Path) -> Snapshot:
+    if _checksum(path) != path.stem.rpartition("-")[2]:
+        raise EsyncError("its contents do not have the checksum in its name")
+    with safe_open(path, framework="np") as file:
+        about = json.loads(file.metadata()[ABOUT])
+        if about["format"] != FORMAT:
+            raise EsyncError(f"it has format {about['format']}, this esync reads {FORMAT}")
+        arrays: dict[str, list[np.ndarray[Any, Any] | None]] = {
+            name: [None] * count for name, count in about["counts"].items()
+        }
+        for name in file.keys():  # noqa: SIM118
+            group, _, i = name.rpartition("/")
+            arrays[group][int(i)] = file.get_tensor(name)
+    whole = Layout.from_wire(about).cut(about["shards"])
+    return Snapshot(
+        about["version"], whole, about["shard"], arrays, about["members"], about["config"]
+    )
+
+
+def _checksum(path: Path) -> str:
+    """Eight bytes of BLAKE2b over a file, in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or a directory's entries, on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class Writer(threading.Thread):
+    """Writes checkpoints beside the rounds: one at a time, and none waits."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        super().__init__(name="esync-checkpoints", daemon=True)
+        self.checkpoints = checkpoints
+        self._changed = threading.Condition()
+        self._snapshot: Snapshot | None = None
+        self._over = False
+        self._failed = ""
+        self.written = -1  # the last version
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it has nothing to write."""
+        return self._snapshot is None
+
+    def put(self, snapshot: Snapshot) -> None:
+        """Write this; only when it is free."""
+        with self._changed:
+            self._snapshot = snapshot
+            self._changed.notify()
+
+    def finish(self) -> None:
+        """End, when what it was given is written."""
+        with self._changed:
+            self._over = True
+            self._changed.notify()
+        if self.is_alive():
+            self.join()
+
+    def run(self) -> None:
+        while True:
+            with self._changed:
+                while self._snapshot is None and not self._over:
+                    self._changed.wait()
+                snapshot = self._snapshot
+            if snapshot is None:
+                return
+            try:
+                self.checkpoints.write(snapshot)
+                self.written, self._failed = snapshot.version, ""
+            except (OSError, SafetensorError) as error:
+                if str(error) != self._failed:
+                    log.error("cannot write a checkpoint: %s; the run goes on", error)
+                self._failed = str(error)
+            with self._changed:
+                self._snapshot = None

@@ -24,6 +24,11 @@ from esync.ps.server import ParameterServer
     help="With run.ps above 1: which share of the model.  [default: the first that is free]",
 )
 @click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the newest checkpoint in --run-dir, if there is one.",
+)
+@click.option(
     "--join",
     "parts",
     type=click.Path(exists=True, file_okay=False),
@@ -39,6 +44,7 @@ def main(
     wait: float,
     name: str,
     shard: int | None,
+    resume: bool,
     parts: str | None,
     **values: Any,
 ) -> None:
@@ -69,6 +75,7 @@ def main(
         wait_s=wait,
         name=name,
         shard=shard,
+        resume=resume,
         say=cli.say,
     )
     cli.serve(server.run(), server.stop)

@@ -61,6 +61,7 @@ from esync.messages import (
 from esync.messaging import LOCAL, MessageServer
 from esync.ps.aggregation import (
     AGGREGATIONS,
+    MODEL,
     NOT_FINITE,
     Aggregation,
     Completed,
@@ -71,7 +72,14 @@ from esync.ps.aggregation import (
     Refused,
 )
 from esync.ps.backend import Backend, backend_for
-from esync.ps.checkpoint import model_name, save_model
+from esync.ps.checkpoint import (
+    CHECKPOINTS,
+    Checkpoints,
+    Snapshot,
+    Writer,
+    model_name,
+    save_model,
+)
 from esync.ps.delivery import Delivery
 from esync.ps.turns import Turns
 from esync.seal import TO_SERVER, TO_WORKERS, Envelope
@@ -96,6 +104,13 @@ class NewVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class Welcomed:
+    """To the tensor thread: another life of the state server counts its epochs afresh, and may have another key."""
+
+    envelope: Envelope
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """From the tensor thread to the control side: it cannot go on."""
 
@@ -108,6 +123,9 @@ class TensorThread(threading.Thread):
     Args:
         pull, xpub: bound sockets, handed over to this thread.
         shard: which of the model's shards is this server's.
+        envelope: seals and opens what goes over the sockets, if the run does.
+        resume: the checkpoint to go on from.
+        checkpoints: where to write more, every `checkpoint_s` seconds (0: only at the end).
         tell: called from this thread with what the control side is to know.
     """
 
@@ -120,11 +138,17 @@ class TensorThread(threading.Thread):
         tell: Callable[[NewVersion | Members | Failure], None],
         shard: int = 0,
         envelope: Envelope | None = None,
+        resume: Snapshot | None = None,
+        checkpoints: Checkpoints | None = None,
+        checkpoint_s: float = 0.0,
     ) -> None:
         super().__init__(name="esync-tensors", daemon=True)
         self.shard = shard
+        self._resume = resume
+        self._writer = Writer(checkpoints) if checkpoints is not None else None
+        self._checkpoint_s, self._checkpoint_at = checkpoint_s, time.monotonic()
         self._envelope = envelope or Envelope(b"", "")
-        self.inbox: Mailbox[Members | None] = Mailbox()
+        self.inbox: Mailbox[Members | Welcomed | None] = Mailbox()
         self.aggregation: Aggregation | None = None
         self.layout: Layout | None = None  # of this shard
         self.whole: Layout | None = None  # of the model
@@ -162,6 +186,8 @@ class TensorThread(threading.Thread):
 
     def run(self) -> None:
         try:
+            if self._writer is not None:
+                self._writer.start()
             self._serve()
         except BaseException as error:
             log.exception("the tensor thread failed")
@@ -170,6 +196,8 @@ class TensorThread(threading.Thread):
             self._pull.close()
             self._xpub.close()
             self.inbox.close()
+            if self._writer is not None:
+                self._writer.finish()
 
     def _serve(self) -> None:
         poller = zmq.Poller()
@@ -181,7 +209,10 @@ class TensorThread(threading.Thread):
                 for command in self.inbox.take():
                     if command is None:
                         return
-                    self._set_members(command)
+                    if isinstance(command, Welcomed):
+                        self._epoch, self._envelope = -1, command.envelope
+                    else:
+                        self._set_members(command)
                 if self.aggregation is not None:
                     # Updates wait in their socket until there is a layout to check them against.
                     poller.register(self._pull, zmq.POLLIN)
@@ -200,8 +231,12 @@ class TensorThread(threading.Thread):
             return
         self._epoch = message.epoch
         self._turns.first = frozenset(str(worker) for worker in message.first)
-        if message.layout is not None and self._untrained():
-            self._set_layout(Layout.from_wire(message.layout).cut(self._config.ps))
+        if message.layout is not None:
+            whole = Layout.from_wire(message.layout).cut(self._config.ps)
+            if self._untrained():
+                self._set_layout(whole)
+            elif self.whole is not None and whole.digest != self.whole.digest:
+                raise ModelError(f"the run's model has changed: {whole.difference(self.whole)}")
         self._members = frozenset(message.workers)
         if self.aggregation is not None:
             self._emit(self.aggregation.set_members(message.workers))
@@ -223,8 +258,53 @@ class TensorThread(threading.Thread):
                 self.layout, self._backend, self._config, **extra
             )
             self._asked_at = time.monotonic()
+            if self._resume is not None:
+                self._go_on_from(self._resume)
             for worker in self._subscribers:
                 self._greet(worker)
+
+    def _go_on_from(self, snapshot: Snapshot) -> None:
+        """Have the model of a checkpoint.
+
+        Raises:
+            ModelError: it is another model's.
+        """
+        assert self.aggregation is not None
+        assert self.whole is not None
+        self._resume = None
+        if snapshot.whole.digest != self.whole.digest:
+            raise ModelError(
+                f"the checkpoint is of another model: {self.whole.difference(snapshot.whole)}"
+            )
+        arrays = {
+            name: [None if x is None else self._backend.load(x) for x in chunks]
+            for name, chunks in snapshot.arrays.items()
+        }
+        self.aggregation.restore(snapshot.version, arrays)
+
+    def _write_checkpoint(self) -> None:
+        """Hand the present version over to be written, unless the last one still is."""
+        aggregation, writer = self.aggregation, self._writer
+        if aggregation is None or writer is None or not writer.is_free:
+            return
+        assert self.whole is not None
+        self._checkpoint_at = time.monotonic()
+        arrays = {
+            name: [None if x is None else self._backend.host(x) for x in chunks]
+            for name, chunks in aggregation.snapshot().items()
+        }
+        if self._in_place:  # the model is overwritten while it is written
+            arrays[MODEL] = [None if x is None else x.copy() for x in arrays[MODEL]]
+        writer.put(
+            Snapshot(
+                aggregation.version,
+                self.whole,
+                self.shard,
+                arrays,
+                sorted(self._members),
+                self._config.to_wire(),
+            )
+        )
 
     def _upstream(self) -> None:
         """What comes from the subscribers: subscriptions, and what they have received."""
@@ -503,6 +583,8 @@ class TensorThread(threading.Thread):
                 for worker in self._memories.keys() - self._members - self._subscribers.keys():
                     del self._memories[worker]  # not before its last update has been read
                 self._delivery.completed(event.version, self._data_events, now)
+                if self._checkpoint_s and now - self._checkpoint_at >= self._checkpoint_s:
+                    self._write_checkpoint()
 
     def _publish(self, event: Published) -> None:
         """Send a chunk to whom it is for; where some come first, to them, and to the others later."""
@@ -625,6 +707,15 @@ class TensorThread(threading.Thread):
         """How many parameter servers share the model."""
         return self._config.ps
 
+    def save_checkpoint(self) -> None:
+        """Write the last version as a checkpoint; only after the thread has ended."""
+        aggregation, writer = self.aggregation, self._writer
+        if aggregation is not None and writer is not None and aggregation.version > writer.written:
+            self._writer = Writer(writer.checkpoints)
+            self._write_checkpoint()
+            self._writer.start()
+            self._writer.finish()
+
     def save(self, path: Path) -> bool:
         """Write the latest version to a file; only after the thread has ended. False if there is none."""
         if self.aggregation is None or self.layout is None or self.aggregation.version < 0:
@@ -655,6 +746,7 @@ class ParameterServer:
         run_dir: where the log and the final model go.
         wait_s: how long to wait for the state server.
         shard: which of the model's shards it asks for.
+        resume: go on from the newest checkpoint in `run_dir`, if there is one.
         keys: the servers' keys; by default those that `config` names, if it does.
 
     Raises:
@@ -672,6 +764,7 @@ class ParameterServer:
         wait_s: float = 60.0,
         name: str = "",
         shard: int | None = None,
+        resume: bool = False,
         keys: ServerKeys | None = None,
         context: zmq.Context[Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
@@ -693,7 +786,10 @@ class ParameterServer:
         self._wait_s = wait_s
         self._error: BaseException | None = None
         self._left = False
-        self._version = 0
+        self._version = -1
+        self._resume = resume
+        self._welcome: Welcome | None = None
+        self._rejoins = False
         curve = keys if self.config.curve else None
         self._pull = transport.pull(self._context, curve)
         self._xpub = transport.xpub(self._context, curve)
@@ -760,15 +856,7 @@ class ParameterServer:
         """Ask until welcomed; then keep the state server knowing that we are alive."""
         started, told = time.monotonic(), False
         while self.thread is None:
-            join = Join(
-                self.name,
-                "ps",
-                rank=self.shard,
-                host=transport.hostname(),
-                device=self._backend.name,
-                endpoints=self.endpoints,
-            )
-            self._server.send(b"", join)
+            self._server.send(b"", self._join_message())
             await asyncio.sleep(0.5)
             waited = time.monotonic() - started
             if self.thread is None and (why := transport.refusal(self._socket)):
@@ -784,17 +872,35 @@ class ParameterServer:
                 return
         while True:
             await asyncio.sleep(1.0)
+            if self._rejoins:
+                self._server.send(b"", self._join_message())
             # With the version, so that a reset that was lost does no harm.
             self._server.send(b"", Report(self.name, self._version, 0, "serving"))
 
+    def _join_message(self) -> Join:
+        return Join(
+            self.name,
+            "ps",
+            rank=self.shard,
+            host=transport.hostname(),
+            device=self._backend.name,
+            endpoints=self.endpoints,
+        )
+
     def _on_welcome(self, peer: bytes, message: Welcome) -> None:
+        envelope = Envelope(b"" if self.config.curve else message.key, self.name)
         if self.thread is not None:
+            self._welcomed_again(message, envelope)
             return
+        self._welcome = message
         try:
             config = build(RunConfig, message.config, "run")
-        except ConfigError as error:
+            checkpoints, snapshot = self._checkpoints(message.rank)
+        except (ConfigError, EsyncError) as error:
             self._fail(error)
             return
+        if snapshot is not None:
+            self._version = snapshot.version
         self.thread = TensorThread(
             self._pull,
             self._xpub,
@@ -802,11 +908,52 @@ class ParameterServer:
             config,
             self._server.post_threadsafe,
             shard=message.rank,
-            envelope=Envelope(b"" if self.config.curve else message.key, self.name),
+            envelope=envelope,
+            resume=snapshot,
+            checkpoints=checkpoints,
+            checkpoint_s=self.config.checkpoint_s,
         )
+        self.shard = message.rank
         self.thread.start()
         self._journal.write("welcome", endpoints=self.endpoints, device=self._backend.name)
         self._say(f"averaging for mode {config.mode}; updates at {self.endpoints['push']}")
+
+    def _welcomed_again(self, message: Welcome, envelope: Envelope) -> None:
+        """The state server did not know us: it is another life of it."""
+        assert self.thread is not None
+        assert self._welcome is not None
+        if not self._rejoins:
+            return
+        self._rejoins = False
+        if message.config != self._welcome.config or message.rank != self._welcome.rank:
+            text = "the state server came back with another configuration; start it with the same"
+            self._fail(EsyncError(text))
+            return
+        self.thread.inbox.put(Welcomed(envelope))
+        self._say("the state server is back")
+
+    def _checkpoints(self, shard: int) -> tuple[Checkpoints | None, Snapshot | None]:
+        """Where checkpoints go, and the one to go on from.
+
+        Raises:
+            ConfigError: there are some, and nobody said what to do with them.
+        """
+        if self._run_dir is None:
+            return None, None
+        directory = self._run_dir / CHECKPOINTS
+        checkpoints = Checkpoints(directory, self.config.keep_checkpoints, shard)
+        if not self._resume:
+            if checkpoints.paths():
+                raise ConfigError(
+                    f"{directory} has checkpoints of an earlier run: --resume goes on from them; else remove them"
+                )
+            return checkpoints, None
+        snapshot = checkpoints.latest(self._say)
+        if snapshot is None:
+            self._say(f"no checkpoint in {directory}: the run begins with a new model")
+        else:
+            self._say(f"going on from version {snapshot.version}, in {directory}")
+        return checkpoints, snapshot
 
     def _on_members(self, peer: bytes, message: Members) -> None:
         if peer == LOCAL:  # from the tensor thread: it goes by this epoch now
@@ -843,6 +990,7 @@ class ParameterServer:
         self._left = True
         self._end_thread()
         if self.thread is not None and self._run_dir is not None:
+            self.thread.save_checkpoint()
             path = self._run_dir / model_name(self.thread.shard, self.thread.shards)
             if self.thread.save(path):
                 self._say(f"final model: {path}")
@@ -853,9 +1001,12 @@ class ParameterServer:
         self._server.stop()
 
     def _on_error(self, peer: bytes, message: Error) -> None:
-        if message.code == "unknown-worker":
-            text = "the state server does not know us: it was restarted, or took us for gone"
-            message = Error(message.code, text)
+        if message.code == "unknown-worker" and self.thread is not None:
+            if not self._rejoins:
+                self._rejoins = True
+                self._say("the state server does not know us: it was restarted. Joining it again")
+                self._server.send(b"", self._join_message())
+            return
         self._fail(ProtocolError(message.code, message.text))
 
     def _on_refused(self, error: MessageError) -> None:

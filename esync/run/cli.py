@@ -18,7 +18,7 @@ from rich.live import Live
 from esync import cli, config, messages, transport
 from esync.algorithms import algorithm
 from esync.config import ClusterConfig, RunConfig
-from esync.errors import EsyncError
+from esync.errors import ConfigError, EsyncError
 from esync.keys import load_client
 from esync.messages import Leave, Status
 from esync.ps import checkpoint
@@ -28,6 +28,8 @@ from esync.run.launcher import Role
 
 REFRESH_S = 0.25
 PLAIN_EVERY_S = 5.0
+MOST_DEATHS, DEATHS_S = 5, 60.0
+"""So many deaths of servers in so many seconds are no accident."""
 
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 100})
@@ -36,7 +38,12 @@ PLAIN_EVERY_S = 5.0
 @click.option(
     "--keep-going",
     is_flag=True,
-    help="Go on without a worker that dies, instead of ending the run.",
+    help="Go on without a worker that dies, and start a server that dies again, instead of ending the run.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with an earlier run, from its last checkpoint: FILE is its runs/NAME/cluster.toml.",
 )
 @click.option("--plain", is_flag=True, help="Plain lines even on a terminal.")
 @click.option(
@@ -52,6 +59,7 @@ def main(
     runs: str,
     force: bool,
     keep_going: bool,
+    resume: bool,
     plain: bool,
     dry_run: bool,
     verbose: bool,
@@ -71,7 +79,11 @@ def main(
     cluster = config.cluster(config.read(file), cli.given(values, RunConfig))
     config.check_names(cluster.run)
     cluster.each_worker()
-    directory = cli.results_directory(file, name, runs, cluster.run.mode, force)
+    directory = (
+        _earlier(file)
+        if resume
+        else cli.results_directory(file, name, runs, cluster.run.mode, force)
+    )
     if dry_run:
         _print_commands(cluster, directory)
         return
@@ -84,7 +96,7 @@ def main(
     if virtual := cluster.only_virtual():
         console.print(f"for esync-sim only, and ignored here: {', '.join(virtual)}", markup=False)
     cli.interrupt_on_sigterm()
-    run = _Run(cluster, directory, console, keep_going=keep_going)
+    run = _Run(cluster, directory, console, keep_going=keep_going, resume=resume)
     failure: EsyncError | None = None
     interrupted = False
     try:
@@ -102,6 +114,16 @@ def main(
         raise failure
     if interrupted:
         click.get_current_context().exit(130)
+
+
+def _earlier(file: str) -> Path:
+    """The directory of an earlier run, whose configuration this is."""
+    path = Path(file)
+    if path.name != "cluster.toml" or not (path.parent / "state.json").exists():
+        raise ConfigError(
+            f"--resume: {file} is not an earlier run's; give its runs/NAME/cluster.toml"
+        )
+    return path.parent
 
 
 def _print_commands(cluster: ClusterConfig, directory: Path) -> None:
@@ -123,13 +145,20 @@ class _Run:
     """The processes of one run and what is shown of them."""
 
     def __init__(
-        self, cluster: ClusterConfig, directory: Path, console: Console, *, keep_going: bool
+        self,
+        cluster: ClusterConfig,
+        directory: Path,
+        console: Console,
+        *,
+        keep_going: bool,
+        resume: bool = False,
     ) -> None:
         self.cluster, self.directory, self.console = cluster, directory, console
-        self.keep_going = keep_going
+        self.keep_going, self.resume = keep_going, resume
         self.roles: list[Role] = []
-        self.endpoint = ""
+        self.endpoint = self._bound = ""
         self.lost: list[str] = []
+        self._deaths: list[float] = []
         self._status: dict[str, Any] | None = None
         self._waiting_for = ""
         self._socket: zmq.Socket[bytes] | None = None
@@ -141,14 +170,16 @@ class _Run:
             EsyncError: a role died; the text says which and why.
         """
         launcher.write_config(self.cluster, self.directory / "cluster.toml")
-        state = launcher.roles_of(self.cluster, self.directory, "tcp://127.0.0.1:1")[0]
+        (self.directory / "endpoint").unlink(missing_ok=True)
+        state = self._roles("tcp://127.0.0.1:1")[0]
         self.roles = [state]
         state.start()
         endpoint = launcher.wait_for_endpoint(self.directory, state)
         if endpoint is None:
             raise EsyncError(f"the state server did not start: {state.why()}")
+        self._bound = endpoint
         self.endpoint = transport.resolved(endpoint, "tcp://127.0.0.1:1")
-        others = launcher.roles_of(self.cluster, self.directory, self.endpoint)[1:]
+        others = self._roles(self.endpoint)[1:]
         for role in others:
             role.start()
             self.roles.append(role)
@@ -162,6 +193,9 @@ class _Run:
         else:
             self._watch(self._print_plainly)
 
+    def _roles(self, endpoint: str) -> list[Role]:
+        return launcher.roles_of(self.cluster, self.directory, endpoint, resume=self.resume)
+
     def _seen(self) -> tuple[dict[str, Any], str]:
         assert self._status is not None
         return self._status, self._waiting_for
@@ -169,7 +203,7 @@ class _Run:
     def _watch(self, show: Any) -> None:
         self._plain_at = 0.0
         self._plain = ""
-        while self.roles[0].status is None:
+        while self.roles[0].status != 0:  # the state server ends the run
             self._check()
             if self._ask() and self._status is not None:
                 show()
@@ -178,9 +212,7 @@ class _Run:
         while time.monotonic() < deadline and any(role.status is None for role in self.roles):
             time.sleep(0.05)
         self._check()
-        checkpoint.join(
-            self.directory
-        )  # if several parameter servers have written a part of the model each
+        checkpoint.join(self.directory)  # several parameter servers have written a part each
 
     def _print_plainly(self) -> None:
         status, waiting_for = self._seen()
@@ -220,7 +252,23 @@ class _Run:
                 self.console.print(f"{text}\n    the others go on", highlight=False)
                 self._report_loss(role)
                 continue
+            if self.keep_going and not worker and self._start_again(role):
+                self.console.print(f"{text}\n    it was started again", highlight=False)
+                continue
             raise EsyncError(f"{text}\n  stopped the other roles; see {role.log}")
+
+    def _start_again(self, role: Role) -> bool:
+        """Start a server again, which goes on where the run was; False if it dies too often."""
+        now = time.monotonic()
+        self._deaths = [at for at in self._deaths if now - at < DEATHS_S] + [now]
+        if len(self._deaths) > MOST_DEATHS:
+            return False
+        if "--resume" not in role.command:
+            role.command.append("--resume")
+            if role.name == "state":  # where all others look for it
+                role.command += ["--bind", self._bound]
+        role.start()
+        return True
 
     def _dealer(self, name: str) -> zmq.Socket[bytes]:
         keys = self.cluster.state.keys

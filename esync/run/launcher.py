@@ -99,7 +99,9 @@ def write_config(cluster: ClusterConfig, path: Path) -> None:
     path.write_text(tomli_w.dumps(raw), encoding="utf-8")
 
 
-def roles_of(cluster: ClusterConfig, directory: Path, endpoint: str) -> list[Role]:
+def roles_of(
+    cluster: ClusterConfig, directory: Path, endpoint: str, *, resume: bool = False
+) -> list[Role]:
     """The processes that train this cluster, the state server first.
 
     A worker with a host gets a command that needs no file of this machine.
@@ -107,19 +109,21 @@ def roles_of(cluster: ClusterConfig, directory: Path, endpoint: str) -> list[Rol
     Args:
         directory: holds `cluster.toml` and receives every role's output.
         endpoint: where the state server listens, or will.
+        resume: the servers go on with the run in `directory`.
     """
     common = ["--run-dir", str(directory)]
+    again = ["--resume"] if resume else []
     file = ["--config", str(directory / "cluster.toml")]
     joins = ["--connect", endpoint]
     keys = cluster.state.keys  # the servers', which may speak for everybody on this machine
     keyed = ["--keys", keys] if keys else []
     rows: list[tuple[str, list[str], dict[str, str]]] = [
-        ("state", ["esync.state.cli", *file, *common], {}),
+        ("state", ["esync.state.cli", *file, *common, *again], {}),
     ]
     names = ps_names(cluster.run.ps)
     for shard, name in enumerate(names):
         arguments = ["esync.ps.cli", *file, *joins, *common, "--name", name, "--shard", str(shard)]
-        arguments += [] if cluster.ps.keys else keyed
+        arguments += [*again, *([] if cluster.ps.keys else keyed)]
         if len(names) > 1 and cluster.ps.bind.startswith(("ipc://", "inproc://")):
             arguments += ["--bind", f"{cluster.ps.bind}-{shard}"]
         rows.append((name, arguments, {}))

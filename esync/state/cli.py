@@ -15,7 +15,8 @@ from esync.state.server import StateServer
 @cli.options_of(StateConfig)
 @cli.options_of(RunConfig)
 @cli.run_options
-def main(file: str | None, run_dir: str | None, verbose: bool, **values: Any) -> None:
+@click.option("--resume", is_flag=True, help="Go on with the run in --run-dir, if there is one.")
+def main(file: str | None, run_dir: str | None, verbose: bool, resume: bool, **values: Any) -> None:
     """Pace one training run: tell each worker when to train on and when to synchronise.
 
     Everything that workers and the parameter server need to know is given here, and told to them when they
@@ -23,11 +24,12 @@ def main(file: str | None, run_dir: str | None, verbose: bool, **values: Any) ->
 
     \b
     Example, on three machines:
-      head$  esync-state --bind tcp://0.0.0.0:10010 --insecure --workers 2 --model resnet18-v1 --duration 600
-      head$  esync-ps --bind 0.0.0.0 --insecure
-      gpu$   esync-worker --connect tcp://head:10010 --device gpu:0
-      old$   esync-worker --connect tcp://head:10010
-      head$  esync-worker --evaluate
+      head$  esync-keys init --workers gpu,old      (and copy keys/gpu.key to gpu, keys/old.key to old)
+      head$  esync-state --keys keys --bind tcp://0.0.0.0:10010 --workers 2 --model resnet18-v1 --duration 600
+      head$  esync-ps --keys keys --bind 0.0.0.0
+      head$  esync-worker --keys keys --evaluate
+      gpu$   esync-worker --keys gpu.key --connect tcp://head:10010 --device gpu:0
+      old$   esync-worker --keys old.key --connect tcp://head:10010
     """
     cli.start_logging(verbose)
     raw = cli.tables(file)
@@ -43,6 +45,7 @@ def main(file: str | None, run_dir: str | None, verbose: bool, **values: Any) ->
         insecure=state.insecure,
         run_dir=cli.make_directory(run_dir),
         keys=keys.load_server(state.keys) if state.keys else None,
+        resume=resume,
         say=cli.say,
     )
     cli.say(f"state server at {server.endpoint}: {run.mode}, {run.model} on {run.dataset}")

@@ -64,6 +64,7 @@ class Record:
         ready: it was told to synchronise, after `goal` steps.
         arrived: it is synchronising: its update is on the way.
         finished: the last round whose steps it finished, and when.
+        arrivals: how many seconds after the beginning of its last rounds it arrived.
         clock: how many rounds it finished.
         width: the share of each layer's units that it trains (1: the whole model).
         step_s: seconds per local step (the paper's c).
@@ -90,6 +91,7 @@ class Record:
     goal: int = 0
     arrived: bool = False
     finished: tuple[int, float] = (-1, 0.0)
+    arrivals: deque[float] = field(default_factory=lambda: deque(maxlen=16))
     clock: int = 0
     width: float = 1.0
     phase: str = "joined"
@@ -133,6 +135,11 @@ class Table:
         """From now on the worker is expected at the barrier."""
         record.clock = self.behind()
         record.active = True
+        self._slowest = None
+
+    def suspend(self, record: Record) -> None:
+        """The worker is not expected until it is heard of again."""
+        record.active = False
         self._slowest = None
 
     def active(self) -> list[Record]:

@@ -7,6 +7,7 @@ router's task.
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from esync.messages import (
     Welcome,
 )
 from esync.state.database import Record
+from esync.state.deadline import deadline_s
 from esync.state.history import TOTALS, History, compute_ratio
 from esync.state.policy import STOP, SYNC, TRAIN, Policy, policy_for, urgent
 from esync.tensors import Layout
@@ -73,6 +75,8 @@ class Server:
     endpoints: dict[str, Any]
     heard: float
     epoch: int = -1  # of the members that it goes by
+    lost_at: float | None = None  # since when it is silent
+    back: bool = False  # it is another life: its first version may be an older one
     version: int = -1  # that it has published
     bytes_up: int = 0
     bytes_down: int = 0
@@ -125,6 +129,7 @@ class Handlers:
         self._first: list[str] = []  # who is to be sent a new version before the others
         self._ranks: dict[str, int] = {}
         self._epoch = 0
+        self._round_at = 0.0  # when the version that is trained from was published
         self._stopped_at = 0.0
         self._last_waiting = ""
         self._ended = False
@@ -144,6 +149,30 @@ class Handlers:
             Tick: self.on_tick,
             StopRun: lambda peer, event: self.stop(event.reason),
         }
+
+    def saved(self) -> dict[str, Any]:
+        """What another life of the state server needs to go on with this run."""
+        return {
+            "elapsed_s": None if self.started is None else self._t(self._clock()),
+            "ranks": self._ranks,
+            "history": self.history.saved(),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from what `saved` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: it did not.
+        """
+        self._ranks = {str(worker): int(rank) for worker, rank in saved["ranks"].items()}
+        self.history.restore(saved["history"])
+        if saved["elapsed_s"] is not None:
+            self.started = self._clock() - float(saved["elapsed_s"])
+            self._say(
+                f"going on with the run at version {self.history.version}, "
+                f"after {saved['elapsed_s']:.0f} s of it"
+            )
+        self._journal.write("resumed", round=self.history.version)
 
     # Joining
 
@@ -177,6 +206,8 @@ class Handlers:
             raise MessageError("bad-field", f"join of a ps: {error}") from error
         known = self.servers.get(message.worker)
         if known is None and self._served():
+            known = self._replaced()
+        if known is None and self._served():
             one = (
                 "a parameter server"
                 if self.config.ps == 1
@@ -188,10 +219,24 @@ class Handlers:
             shard = self._shard_for(message.rank)
         else:
             shard = known.shard
-        self.servers[message.worker] = Server(message.worker, shard, endpoints, self._clock())
+            if self.started is not None:
+                self._say(f"parameter server {message.worker} is back, from {message.host}")
+        server = Server(message.worker, shard, endpoints, self._clock())
+        server.back = known is not None or self.history.version > 0
+        self.servers[message.worker] = server
         self._send(peer, self._welcome(shard))
         self._announce_members()
+        if known is not None and known.endpoints != endpoints:
+            for record in self.table.records.values():  # it listens elsewhere now
+                self._send(record.worker.encode(), self._welcome(record.rank))
         self._welcome_waiting()
+
+    def _replaced(self) -> Server | None:
+        """A parameter server that has been lost and is to be replaced, if there is one; it is forgotten."""
+        for server in self.servers.values():
+            if server.lost_at is not None:
+                return self.servers.pop(server.worker)
+        return None
 
     def _served(self) -> bool:
         """Whether all shards of the model have their server."""
@@ -321,7 +366,7 @@ class Handlers:
 
     def _answer(self, peer: bytes, record: Record, message: Query, now: float) -> None:
         decision = None
-        if self._takes_part(record, message.round):
+        if self._takes_part(record, message.round) and not self._paused():
             decision = self.policy.decide(self.table, record, message.ahead, now)
         if decision is None:
             record.phase = "held"
@@ -338,6 +383,10 @@ class Handlers:
             return True
         agreed = all(server.epoch == self._epoch for server in self.servers.values())
         return record.worker in self._drawn and round == self.history.version and agreed
+
+    def _paused(self) -> bool:
+        """Whether too few workers are left to go on."""
+        return self.started is not None and len(self.table.active()) < self.config.min_workers
 
     def _release(self, now: float) -> None:
         """Somebody arrived or left: whoever has to wait may go on now."""
@@ -370,6 +419,7 @@ class Handlers:
             self._start_if_ready(now)
         else:
             self._open_gate(now)
+            self._release(now)
 
     def on_members(self, peer: bytes, message: Members) -> None:
         """The parameter server goes by this epoch's members."""
@@ -403,7 +453,7 @@ class Handlers:
                 self._answer(worker.encode(), waiter, query, now)
 
     def _start(self, now: float) -> None:
-        self.started = now
+        self.started = self._round_at = now
         for passage in self.history.passages:
             passage.joined_s = 0.0
         self._journal.write("start", workers=[r.worker for r in self.table.active()])
@@ -415,7 +465,7 @@ class Handlers:
         if message.worker in self.servers:
             _check_identity(peer, message.worker)
             server = self.servers[message.worker]
-            server.heard = now
+            server.heard, server.lost_at = now, None
             if server.epoch != self._epoch:  # lost on the way
                 self._send_members(server)
             if message.round > server.version:  # so was a reset
@@ -436,6 +486,8 @@ class Handlers:
             record.arrived = True
             if record.finished[0] != message.round:  # heartbeats say `sync` too
                 record.finished = (message.round, now)
+                if message.round == self.history.version:
+                    record.arrivals.append(now - self._round_at)
                 record.clock += 1
             if record is slowest or record is self.table.slowest():
                 for other in self.policy.hurry(self.table, record, now):
@@ -483,6 +535,9 @@ class Handlers:
         version = min(other.version for other in servers)
         if not self._served() or version < server.version or server.version == before:
             return
+        if server.back:
+            server.back = False
+            self._roll_back(server, version)
         newer = version > self.history.version
         bytes_up, bytes_down = sum(s.bytes_up for s in servers), sum(s.bytes_down for s in servers)
         self.history.published(version, self._t(now), bytes_up, bytes_down)
@@ -497,11 +552,25 @@ class Handlers:
         if self.config.rounds and version >= self.config.rounds and self.stopped is None:
             self.stop(f"{version} rounds")
         if newer and self.started is not None and self.stopped is None:
+            self._round_at = now
             self._draw()
             if algorithm(self.config.mode).barrier:  # else a version is no round
                 self._release(now)
             if self.config.slowest_first and urgent(self.table) != self._first:
                 self._announce_members()
+
+    def _roll_back(self, server: Server, version: int) -> None:
+        """A parameter server goes on from an older version: the rounds since then are done again."""
+        lost = self.history.version - version
+        if lost > 0:
+            again = (
+                f"rounds {version + 1} to {self.history.version} are"
+                if lost > 1
+                else "one round is"
+            )
+            self._say(f"{server.worker} goes on from version {version}: {again} done again")
+        self._journal.write("rolled_back", round=version, lost=max(0, lost))
+        self.history.roll_back(version)
 
     # Leaving and ending
 
@@ -522,6 +591,45 @@ class Handlers:
         self._say(f"parameter server {worker} left: {why}")
         if self.started is not None:
             self.stop(f"the parameter server left: {why}")
+
+    def _look_for_late(self, now: float) -> None:
+        """Let a barrier go on without whoever others wait for, and who is far beyond its habit."""
+        if not self.config.deadline_s or not algorithm(self.config.mode).barrier:
+            return
+        members, waited = self._members(), now - self._round_at
+        here = [r for r in members if r.arrived and r.round == self.history.version]
+        for record in members if here else ():
+            if record in here:
+                continue
+            floor, ceiling = self.config.deadline_floor_s, self.config.deadline_s
+            if waited > deadline_s(record.arrivals, floor, ceiling):
+                self._suspend(record, waited, now)
+
+    def _suspend(self, record: Record, waited: float, now: float) -> None:
+        """Go on without a worker until it asks again."""
+        usual = statistics.median(record.arrivals) if record.arrivals else 0.0
+        habit = f", it usually arrives after {usual:.1f} s" if usual else ""
+        self._say(
+            f"{record.worker} has not arrived after {waited:.1f} s{habit}: the others go on without it"
+        )
+        self._journal.write("late", worker=record.worker, waited_s=round(waited, 3))
+        # The time counts, or one that has become slow for good would be late in every round.
+        record.arrivals.append(waited)
+        record.phase = "late"
+        self.table.suspend(record)
+        self._members_changed()
+        self._release(now)
+
+    def _server_lost(self, server: Server, silent_s: float) -> None:
+        """A parameter server is silent: the run waits for it, or for another in its place, and in the end gives up."""
+        if self.started is None or silent_s > self.config.ps_wait_s or self.stopped is not None:
+            self._server_gone(server.worker, "it was silent for too long")
+        elif server.lost_at is None:
+            server.lost_at = server.heard
+            self._say(
+                f"parameter server {server.worker} is silent; the run waits for it, "
+                f"up to {self.config.ps_wait_s:g} s"
+            )
 
     def _remove(self, worker: str, reason: str) -> None:
         record = self.table.remove(worker)
@@ -551,8 +659,12 @@ class Handlers:
             ):  # the next look would be too late
                 self._remove(record.worker, f"evicted: silent for {self.config.heartbeat_s:g} s")
         for server in list(self.servers.values()):
-            if now - server.heard > max(self.config.heartbeat_s, SERVER_SILENCE_S):
-                self._server_gone(server.worker, "it was silent for too long")
+            silent_s = now - server.heard
+            if silent_s > max(self.config.heartbeat_s, SERVER_SILENCE_S):
+                self._server_lost(server, silent_s)
+        self._round_at += event.late_s
+        if self.started is not None and self.stopped is None:
+            self._look_for_late(now)
         limit = self.config.duration_s
         if self.stopped is None:
             if limit and self.started is not None and now - self.started >= limit:
@@ -600,8 +712,14 @@ class Handlers:
         missing = self.config.workers - len(self.table.active())
         if self.started is None and missing > 0:
             return f"{missing} more worker{'s' if missing > 1 else ''}"
+        lost = [server.worker for server in self.servers.values() if server.lost_at is not None]
+        if lost:
+            return f"the parameter server {lost[0]}, which is silent"
         if self.started is not None and not self.table.active():
             return "a worker: none is left"
+        if self._paused():
+            few = self.config.min_workers - len(self.table.active())
+            return f"{few} more worker{'s' if few > 1 else ''}: too few are left"
         return ""
 
     def stop(self, reason: str) -> None:

@@ -55,6 +55,30 @@ class History:
         self.version_s.setdefault(version, t)
         self.bytes_up, self.bytes_down = bytes_up, bytes_down
 
+    def saved(self) -> dict[str, Any]:
+        """What `restore` goes on from; of workers only what they do not report again themselves."""
+        return {
+            "version": self.version,
+            "version_s": [[version, t] for version, t in self.version_s.items()],
+            "accuracy": self.accuracy,
+            "bytes": [self.bytes_up, self.bytes_down],
+            "split_digest": self.split_digest,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from what `saved` returned."""
+        self.version = int(saved["version"])
+        self.version_s = {int(version): float(t) for version, t in saved["version_s"]}
+        self.accuracy = [dict(row) for row in saved["accuracy"]]
+        self.bytes_up, self.bytes_down = (int(n) for n in saved["bytes"])
+        self.split_digest = str(saved["split_digest"])
+
+    def roll_back(self, version: int) -> None:
+        """The run goes on from this version: what came after it does not count."""
+        self.version = version
+        self.version_s = {v: t for v, t in self.version_s.items() if v <= version}
+        self.accuracy = [row for row in self.accuracy if row["round"] <= version]
+
     def evaluated(self, version: int, accuracy: float, loss: float | None, t: float) -> None:
         """A version was evaluated; it counts at the time at which it was published."""
         at = self.version_s.get(version, t)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,19 @@ import zmq
 
 from esync import seal, transport
 from esync.config import RunConfig
+from esync.errors import ConfigError
 from esync.journal import Journal
 from esync.keys import ServerKeys
 from esync.messages import Message
 from esync.messaging import MessageServer
 from esync.state.admission import check_key
 from esync.state.handlers import TICK_S, Handlers, StopRun, Tick
+
+log = logging.getLogger("esync.state")
+SAVED = "state.json"
+"""The file in a run's directory from which another life of the state server goes on."""
+SAVE_S = 1.0
+"""Seconds between two looks whether it is out of date."""
 
 
 class StateServer:
@@ -30,6 +38,7 @@ class StateServer:
         run_dir: where `summary.json` and the log go; None writes neither.
         keys: encrypt, and let in the keys on their allow-list alone; None does neither. (Not on inproc://, which
             nobody outside of this process can reach.)
+        resume: go on with the run in `run_dir`, if there is one.
 
     Raises:
         TransportError: the endpoint cannot be bound.
@@ -43,6 +52,7 @@ class StateServer:
         insecure: bool = False,
         run_dir: str | Path | None = None,
         keys: ServerKeys | None = None,
+        resume: bool = False,
         context: zmq.Context[Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -70,6 +80,9 @@ class StateServer:
             finished=self._server.stop,
             run_key=seal.new_key() if checked else b"",
         )
+        self._saved: dict[str, Any] = {}
+        if resume:
+            self._restore(say)
         for kind, handler in self.handlers.table_of_handlers().items():
             self._server.on(kind, handler)
 
@@ -89,6 +102,31 @@ class StateServer:
             self._socket.close()
         return summary
 
+    def _restore(self, say: Callable[[str], None]) -> None:
+        path = self._run_dir / SAVED if self._run_dir else None
+        if path is None or not path.exists():
+            say("no run to go on with: it begins anew")
+            return
+        try:
+            self.handlers.restore(json.loads(path.read_text(encoding="utf-8")))
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise ConfigError(f"{path} cannot be gone on from: {error!r}") from error
+
+    def _save(self) -> None:
+        """Have on disk what another life needs."""
+        if self._run_dir is None:
+            return
+        saved = self.handlers.saved()
+        if saved != self._saved:
+            self._saved = saved
+            path = self._run_dir / SAVED
+            part = path.with_suffix(".part")
+            try:
+                part.write_text(json.dumps(saved), encoding="utf-8")
+                part.replace(path)
+            except OSError as error:
+                log.error("cannot write %s: %s", path, error)
+
     def _check_key(self, peer: bytes, message: Message, key: str) -> None:
         assert self._allowed is not None
         check_key(self._allowed, self.handlers.servers, peer, message, key)
@@ -104,6 +142,7 @@ class StateServer:
         return summary
 
     async def _tick(self) -> None:
+        saved_at = time.monotonic()
         while True:
             before = time.monotonic()
             await asyncio.sleep(TICK_S)
@@ -111,6 +150,9 @@ class StateServer:
             if self._allowed is not None:
                 self._allowed.refresh()  # so that a revoked key is not heard any more
             self._server.post(Tick(late_s if late_s > 1.0 else 0.0))
+            if time.monotonic() - saved_at >= SAVE_S:
+                saved_at = time.monotonic()
+                self._save()
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:

@@ -198,6 +198,7 @@ class Shards:
 
     Attributes:
         begun: of each shard the version from which this worker's round began (-1: none yet).
+        lives: of each shard the incarnation of the parameter server whose version that was.
         vectors: memory for updates.
     """
 
@@ -205,6 +206,7 @@ class Shards:
         self.layout = layout
         self.assemblies = [Assembly(layout.shard(k), encoding) for k in range(layout.shards)]
         self.begun = (-1,) * layout.shards
+        self.lives = ("",) * layout.shards
         self.vectors = Vectors(layout.size)
         self._newest: Whole | None = None
 
@@ -219,9 +221,23 @@ class Shards:
         return min(self.versions)
 
     @property
+    def awaited(self) -> tuple[int, ...]:
+        """Of each shard the version than which the next one is newer: after another life of its parameter server began,
+        any is."""
+        return tuple(
+            begun if assembly.incarnation in (life, "") else -1
+            for begun, life, assembly in zip(self.begun, self.lives, self.assemblies, strict=True)
+        )
+
+    @property
     def newer(self) -> bool:
         """Whether there is a model newer than the one that is trained from, in every shard."""
-        return all(new > old for new, old in zip(self.versions, self.begun, strict=True))
+        return all(new > old for new, old in zip(self.versions, self.awaited, strict=True))
+
+    def begin(self, whole: Whole) -> None:
+        """A round begins from this model."""
+        self.begun = whole.versions
+        self.lives = tuple(assembly.incarnation for assembly in self.assemblies)
 
     @property
     def newest(self) -> Whole | None:

@@ -47,12 +47,14 @@ class Push:
     Attributes:
         flat: of all shards.
         rounds: of each shard the version that it was computed from, or `INITIAL`.
+        lives: of each shard the incarnation of the parameter server whose version that was.
         payloads: (shard, chunk) -> its encoding and bytes, once they have been sent: what is lost is sent again as it
             was.
     """
 
     flat: Vector
     rounds: tuple[int, ...]
+    lives: tuple[str, ...]
     steps: int
     samples: int
     payloads: dict[tuple[int, int], tuple[str, Payload]] = field(default_factory=dict)
@@ -104,11 +106,30 @@ class Channel:
         self._offered_to = ""  # the incarnation of the server
         self._offered_at: float | None = None  # until there is an answer
         self._received = 0  # bytes since we said what has arrived
-        push, model = endpoints
         self._topic = f"{'e' if role == 'evaluator' else 'w'}/{worker}/".encode()
-        self._push = transport.push(context, push, keys)
-        self.sub = transport.xsub(context, model, self._topic, keys)
-        poller.register(self.sub, zmq.POLLIN)
+        self._context, self._keys = context, keys
+        self._endpoints = endpoints
+        self._open()
+
+    def _open(self) -> None:
+        push, model = self._endpoints
+        self._push = transport.push(self._context, push, self._keys)
+        self.sub = transport.xsub(self._context, model, self._topic, self._keys)
+        self._poller.register(self.sub, zmq.POLLIN)
+
+    def connect(self, endpoints: tuple[str, str], envelope: Envelope) -> None:
+        """From now on the server is there, and messages are sealed so; nothing happens where that is so already."""
+        if envelope.key != self._envelope.key:
+            self._envelope = envelope
+        if endpoints != self._endpoints:
+            self._endpoints = endpoints
+            for socket in (self._push, self.sub):
+                if socket in self._poller:
+                    self._poller.unregister(socket)
+            self._push.close(0)
+            self.sub.close(0)
+            self._outgoing.clear()
+            self._open()
 
     def close(self) -> None:
         self._push.close()
@@ -139,7 +160,7 @@ class Channel:
             self.assembly.layout.digest,
             update.steps,
             update.samples,
-            incarnation=self.assembly.incarnation,
+            incarnation=update.lives[self.shard],
         )
         if self.puts and self._memory is not None:
             if self._memory.stamps[0, chunk] != header.round:

@@ -235,7 +235,9 @@ class Worker:
                 Compressor(encoding, assembly.layout, (self.config.seed, self.rank, shard))
                 for shard, assembly in enumerate(model.assemblies)
             ]
-            self._shared.initial = Push(initial, (INITIAL,) * layout.shards, 0, 0)
+            self._shared.initial = Push(
+                initial, (INITIAL,) * layout.shards, ("",) * layout.shards, 0, 0
+            )
             self._shared.phase = "waiting"
         self._link.inbox.put(self._packer.layout)
         with self._changed:
@@ -313,7 +315,7 @@ class Worker:
                 if began is None:
                     began = time.perf_counter()
                 if not session.step and self._barrier():
-                    shared.awaiting = model.begun  # it may be over without us, and its model lost
+                    shared.awaiting = model.awaited  # it may be over without us, and its model lost
                 shared.phase = "query"
                 self._changed.wait(RETRY_S / 2)
                 if time.monotonic() - asked_at > RETRY_S:
@@ -355,7 +357,7 @@ class Worker:
             self._link.inbox.put(report)
             update = self._packer.pack(params, stats, self._base, self._link.buffer())
             if self._basis is None or self._basis.intact():  # else the round is over without us
-                self._push(Push(update, model.begun, steps, session.samples))
+                self._push(Push(update, model.begun, model.lives, steps, session.samples))
         params, stats = self._next_model(params, stats, session)
         session.totals.sync_s += time.perf_counter() - began
         self._row(round, steps, session, report.loss, late)
@@ -380,16 +382,17 @@ class Worker:
         overwritten = self._basis is not None and not self._basis.intact()
         with self._changed:
             round, steps, samples = session.round, session.step, session.samples
-            late, begun = overwritten or model.newer, model.begun
+            late = overwritten or model.newer
+            begun, lives = model.begun, model.lives
             if not late:
                 report = session.synchronising(_finite(loss))
                 report.totals = self._wire_totals(session)
                 session.pushed()
-                shared.awaiting = begun
+                shared.awaiting = model.awaited
         if late:
             return self._synchronise(params, stats, loss, session)
         self._link.inbox.put(report)
-        self._push(Push(update, begun, steps, samples))
+        self._push(Push(update, begun, lives, steps, samples))
         session.totals.sync_s += time.perf_counter() - began
         self._row(round, steps, session, report.loss, late)
         return params, stats
@@ -417,7 +420,7 @@ class Worker:
         shared, model = self._shared, self._shared.model
         assert model is not None
         with self._changed:
-            shared.awaiting = model.begun
+            shared.awaiting = model.awaited
             self._wait(lambda: model.newer or session.final is not None)
             shared.awaiting = None
             return model.newer
@@ -437,13 +440,13 @@ class Worker:
         session, model = self._shared.session, self._shared.model
         if session is None or model is None:
             raise EsyncError("call start before exchange")
-        self._push(Push(update, model.begun, 1, self.config.batch_size))
+        self._push(Push(update, model.begun, model.lives, 1, self.config.batch_size))
         goes_on = self._await_model(session)
         with self._changed:
             newest = model.newest
             assert newest is not None
             if goes_on:
-                model.begun = newest.versions
+                model.begin(newest)
                 session.begin(newest.version)
                 self._base_round = newest.version
             else:
@@ -459,7 +462,7 @@ class Worker:
         whole, (params, new_stats, self._base) = self._read(packer.unpack)
         assert shared.model is not None
         with self._changed:
-            shared.model.begun = whole.versions
+            shared.model.begin(whole)
             session.begin(whole.version)
             self._base_round = whole.version
             shared.phase = "train"
@@ -587,7 +590,7 @@ class Worker:
             while True:
                 if shared.error is not None:
                     raise shared.error
-                now, awaited = time.monotonic(), model.begun
+                now, awaited = time.monotonic(), model.awaited
                 if model.newer:
                     newer_at = newer_at or now
                     even = len(set(model.versions)) == 1 or not self._barrier()
@@ -606,7 +609,8 @@ class Worker:
             shared.awaiting = None
             newest = model.newest
             assert newest is not None
-            model.begun, session.round = newest.versions, newest.version
+            model.begin(newest)
+            session.round = newest.version
             return newest
 
     def report_accuracy(

@@ -255,8 +255,11 @@ class Link(threading.Thread):
                     shared.session.ask_again()
             shared.changed.notify_all()
         self._last_said = ""
+        self._join.rank = message.rank  # also if the state server does not know us any more
         if self._join.layout is not None and not self._channels:
             self._connect(message)
+        else:
+            self._connect_again(message)
 
     def _connect(self, message: Welcome) -> None:
         """Connect to the parameter servers."""
@@ -288,6 +291,14 @@ class Link(threading.Thread):
                 )
             )
 
+    def _connect_again(self, message: Welcome) -> None:
+        """A parameter server may have come back elsewhere, and a state server with another key."""
+        if len(message.endpoints) != len(self._channels):
+            return
+        for channel, raw in zip(self._channels, message.endpoints, strict=True):
+            key = b"" if raw.get("curve") else message.key
+            channel.connect(_endpoints(raw, self._state), Envelope(key, self._join.worker))
+
     def _on_error(self, message: Error) -> None:
         if message.code == "unknown-worker":
             log.info("the state server does not know us (any more): joining again")
@@ -310,8 +321,10 @@ class Link(threading.Thread):
         session, model = self.shared.session, self.shared.model
         assert model is not None
         if session is not None and session.away and model.newer:
-            model.begun = model.versions
-            session.begin(model.version)
+            newest = model.newest
+            assert newest is not None
+            model.begin(newest)
+            session.begin(newest.version)
             self.shared.awaiting = None
             resumed = self.shared.resumed
             self._send(session.query(running_s=time.perf_counter() - resumed if resumed else 0.0))
@@ -381,7 +394,7 @@ class Link(threading.Thread):
             assert awaiting is not None
             awaited = awaiting[channel.shard]
             if channel.assembly.version <= awaited:
-                mine = update is not None and update.rounds[channel.shard] == awaited
+                mine = update is not None and update.rounds[channel.shard] == awaited >= 0
                 channel.fetch(awaited, awaited if mine else -1)
 
     def _tell(self, text: str) -> None:

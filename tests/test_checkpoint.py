@@ -1,0 +1,215 @@
+"""Checkpoints: what is in them, that they are whole or passed over, and that a run goes on from them to the bit."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from esync import tensors
+from esync.config import RunConfig
+from esync.errors import ModelError
+from esync.messages import INITIAL
+from esync.ps import checkpoint
+from esync.ps.aggregation import AGGREGATIONS, Contribution
+from esync.ps.backend import NumpyBackend
+from esync.ps.checkpoint import Checkpoints, Snapshot, Writer
+from esync.tensors import DELTA, VALUE, Layout, Leaf
+
+
+@pytest.fixture
+def layout(monkeypatch):
+    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 40)
+    return Layout((Leaf(DELTA, "w", (100,), "float32"), Leaf(VALUE, "s", (50,), "float32")))
+
+
+def vector(seed):
+    return np.random.default_rng(seed).normal(size=150).astype(np.float32)
+
+
+def push(server, worker, round, flat):
+    for i, at in enumerate(server.layout.chunks):
+        server.receive(Contribution(worker, round, i, flat[at.start : at.stop], 2, 3))
+
+
+def rounds(server, first, last, workers=("a", "b")):
+    for round in range(first, last):
+        for number, worker in enumerate(workers):
+            push(server, worker, round, vector(10 * round + number))
+
+
+def made(kind, layout, config):
+    server = AGGREGATIONS[kind](layout, NumpyBackend(), config)
+    push(server, "a", INITIAL, vector(0))
+    server.set_members({"a": 0, "b": 1})
+    return server
+
+
+def snapshot_of(server, version=None, **changes):
+    config = server.config.to_wire()
+    about = {"members": ["a", "b"], "config": config, "shard": 0, "whole": server.layout}
+    about |= {"version": server.version if version is None else version, **changes}
+    return Snapshot(arrays=server.snapshot(), **about)
+
+
+OPTIONS = [
+    {},
+    {"outer": "nesterov"},
+    {"outer": "adam", "ema": 0.9},
+    {"outer": "momentum", "compression": "topk", "topk": 0.2},
+    {"compression": "int8"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_server_that_goes_on_from_a_checkpoint_makes_what_it_would_have_made(
+    layout, tmp_path, options
+):
+    config = RunConfig(**options)
+    whole, before = made("mean", layout, config), made("mean", layout, config)
+    rounds(whole, 0, 9)
+    rounds(before, 0, 4)
+    Checkpoints(tmp_path, 3).write(snapshot_of(before))
+    rounds(before, 4, 6)  # what comes later is not in it
+    found = Checkpoints(tmp_path, 3).latest(pytest.fail)
+    assert (found.version, found.shard, found.members) == (4, 0, ["a", "b"])
+    assert found.config == config.to_wire()
+    assert found.whole == layout
+    after = AGGREGATIONS["mean"](layout, NumpyBackend(), config)
+    after.set_members({"a": 0, "b": 1})
+    after.restore(found.version, found.arrays)
+    rounds(after, 4, 9)
+    assert after.version == whole.version == 9
+    np.testing.assert_array_equal(np.concatenate(after.chunks), np.concatenate(whole.chunks))
+    np.testing.assert_array_equal(
+        np.concatenate(after.averaged()), np.concatenate(whole.averaged())
+    )
+
+
+@pytest.mark.parametrize("kind", ["immediate", "fedasync"])
+def test_without_a_barrier_too(layout, tmp_path, kind):
+    config = RunConfig(mode={"immediate": "async"}.get(kind, kind))
+    before = made(kind, layout, config)
+    push(before, "a", 0, vector(1))
+    Checkpoints(tmp_path, 1).write(snapshot_of(before))
+    found = Checkpoints(tmp_path, 1).latest(pytest.fail)
+    after = AGGREGATIONS[kind](layout, NumpyBackend(), config)
+    after.restore(found.version, found.arrays)
+    assert after.version == 1
+    np.testing.assert_array_equal(np.concatenate(after.chunks), np.concatenate(before.chunks))
+
+
+def test_the_last_ones_are_kept_and_the_newest_is_found(layout, tmp_path):
+    server, checkpoints = made("mean", layout, RunConfig()), Checkpoints(tmp_path, 2)
+    assert checkpoints.latest(pytest.fail) is None
+    for version in (1, 9, 10, 100):
+        checkpoints.write(snapshot_of(server, version))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert checkpoints.latest(pytest.fail).version == 100
+    other = Checkpoints(tmp_path, 2, shard=1)
+    assert other.latest(pytest.fail) is None
+    other.write(snapshot_of(server, 7, shard=1))
+    assert checkpoints.latest(pytest.fail).version == 100
+    assert other.latest(pytest.fail).version == 7
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "renamed"])
+def test_a_damaged_one_is_passed_over_with_a_word(layout, tmp_path, damage):
+    server, checkpoints = made("mean", layout, RunConfig()), Checkpoints(tmp_path, 3)
+    for version in (1, 2):
+        path = checkpoints.write(snapshot_of(server, version))
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[-1] ^= 1
+        path.write_bytes(data)
+    elif damage == "cut":
+        path.write_bytes(data[:-5])
+    elif damage == "emptied":
+        path.write_bytes(b"")
+    else:
+        path.rename(path.with_name(path.stem[:-16] + "0" * 16 + ".safetensors"))
+    said = []
+    assert checkpoints.latest(said.append).version == 1
+    assert len(said) == 1
+    assert "is damaged and passed over" in said[0]
+
+
+def test_a_write_that_was_interrupted_leaves_the_earlier_one(layout, tmp_path, monkeypatch):
+    server, checkpoints = made("mean", layout, RunConfig()), Checkpoints(tmp_path, 3)
+    checkpoints.write(snapshot_of(server, 1))
+
+    def dies(tensors, path, metadata):
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", dies)
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.write(snapshot_of(server, 2))
+    assert checkpoints.latest(pytest.fail).version == 1
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"model": [np.zeros(40, np.float32)]},
+        {"model": [np.zeros(3, np.float32)] * 5},
+        {"model": [None] * 5},
+    ],
+)
+def test_what_is_not_of_this_model_is_refused(layout, arrays):
+    server = AGGREGATIONS["mean"](layout, NumpyBackend(), RunConfig())
+    with pytest.raises(ModelError, match="not of this model"):
+        server.restore(3, arrays)
+    assert server.version == -1
+
+
+def test_another_outer_optimiser_s_state_is_refused(layout):
+    momentum = made("mean", layout, RunConfig(outer="momentum"))
+    rounds(momentum, 0, 1)
+    server = AGGREGATIONS["mean"](layout, NumpyBackend(), RunConfig(outer="adam"))
+    with pytest.raises(ModelError, match="outer optimiser"):
+        server.restore(1, momentum.snapshot())
+
+
+def test_the_writer_takes_one_at_a_time_and_ends_with_it_written(layout, tmp_path, monkeypatch):
+    server = made("mean", layout, RunConfig())
+    began, go = threading.Event(), threading.Event()
+    save = checkpoint.save_file
+
+    def slow(*args, **options):
+        began.set()
+        assert go.wait(10)
+        save(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    writer = Writer(Checkpoints(tmp_path, 3))
+    writer.start()
+    assert writer.is_free
+    writer.put(snapshot_of(server, 1))
+    assert began.wait(10)
+    assert not writer.is_free
+    assert writer.written == -1
+    go.set()
+    writer.finish()
+    assert writer.written == 1
+    assert Checkpoints(tmp_path, 3).latest(pytest.fail).version == 1
+
+
+def test_a_disk_that_is_full_stops_nothing(layout, tmp_path, monkeypatch, caplog):
+    server, times = made("mean", layout, RunConfig()), []
+
+    def full(*args, **options):
+        times.append(1)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    writer = Writer(Checkpoints(tmp_path, 3))
+    writer.start()
+    for version in (1, 2):
+        while not writer.is_free:
+            pass
+        writer.put(snapshot_of(server, version))
+    writer.finish()
+    assert len(times) == 2
+    assert caplog.text.count("No space left") == 1, "said once"

@@ -1,0 +1,142 @@
+"""How long a barrier waits for a worker that is connected and does not arrive, and runs with too few workers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esync.messages import Members, Query, Report, Reset, Response
+from esync.state.deadline import deadline_s
+from tests.test_handlers import running, to
+
+seconds = st.floats(0, 1e4)
+
+
+def test_the_deadline_is_learned_from_the_arrivals():
+    steady = [4.0, 4.1, 3.9, 4.0, 4.05]
+    assert deadline_s(steady, 1, 300) == pytest.approx(8.0, rel=0.05)
+    spread = [4.0, 9.0, 2.0, 5.0, 7.0]
+    assert deadline_s(spread, 1, 300) > 15
+    assert deadline_s([0.01] * 9, 5, 300) == 5
+    assert deadline_s([200.0] * 9, 5, 300) == 300
+    assert deadline_s([4.0, 4.0], 5, 300) == 300, "two arrivals are no habit"
+    one_stall = [4.0] * 8 + [100.0]
+    assert deadline_s(one_stall, 1, 300) == pytest.approx(8.0)
+
+
+@given(st.lists(seconds, max_size=20), seconds, seconds)
+def test_the_deadline_is_between_floor_and_ceiling_and_beyond_the_habit(arrivals, low, high):
+    floor, ceiling = min(low, high), max(low, high)
+    limit = deadline_s(arrivals, floor, ceiling)
+    assert floor <= limit <= ceiling
+    if len(arrivals) >= 3 and limit < ceiling:
+        assert limit >= sorted(arrivals)[len(arrivals) // 2 - 1]
+
+
+def arrives(server, worker, step=3):
+    version = server.handlers.history.version
+    server.gets(Query(worker, version, step, compute_s=1.0))
+    return server.gets(Report(worker, version, step, "sync"))
+
+
+def published(server, version):
+    return server.gets(Reset("ps", version, {}))
+
+
+def habitual(rounds=5, **config):
+    """A run of three in which each round took four seconds."""
+    server = running("a", "b", "c", mode="sync", **config)
+    for version in range(1, rounds + 1):
+        server.tick(4.0)
+        server.gets(Report("ps", version - 1, 0, "serving"))
+        for worker in ("a", "b", "c"):
+            arrives(server, worker)
+        published(server, version)
+    return server
+
+
+def members_of(sent):
+    return [set(m.workers) for m in to("ps", sent) if isinstance(m, Members)]
+
+
+def wait(server, seconds, *beating):
+    """Time passes, in which only these are heard of."""
+    sent = []
+    for _ in range(int(seconds * 2)):
+        version = server.handlers.history.version
+        for worker in beating:
+            server.gets(Report(worker, version, 0, "train"))
+        server.gets(Report("ps", version, 0, "serving"))
+        sent += server.tick(0.5)
+    return sent
+
+
+def test_a_connected_worker_that_does_not_arrive_is_not_waited_for_and_may_come_back():
+    server = habitual()
+    server.tick(4.0)
+    arrives(server, "a")
+    arrives(server, "b")
+    assert not members_of(wait(server, 3.0, "a", "b", "c")), "it may still come"
+    sent = wait(server, 2.0, "a", "b", "c")
+    assert members_of(sent) == [{"a", "b"}]
+    assert any("c has not arrived after" in text and "usually" in text for text in server.said)
+    published(server, 6)
+    assert server.table.records["c"].phase == "train", "it is still here"
+    back = server.gets(Query("c", 6, 0))
+    assert members_of(back) == [{"a", "b", "c"}]
+    assert [m.action for m in to("c", back) if isinstance(m, Response)]
+
+
+def test_nobody_is_late_while_nobody_waits():
+    server = habitual()
+    server.tick(4.0)
+    assert not members_of(wait(server, 30.0, "a", "b", "c"))
+
+
+def test_without_a_habit_the_ceiling_counts_and_zero_is_none():
+    for ceiling, expected in ((20.0, [{"a", "b"}]), (0.0, [])):
+        server = running("a", "b", "c", mode="sync", deadline_s=ceiling)
+        arrives(server, "a")
+        assert not members_of(wait(server, 19.0, "a", "b", "c"))
+        arrives(server, "b")
+        assert members_of(wait(server, 15.0, "a", "b", "c")) == expected
+
+
+def test_a_worker_that_has_become_slow_for_good_is_waited_for_again():
+    server = habitual()
+    for version in range(6, 30):
+        server.tick(4.0)
+        for worker in ("a", "b"):
+            if server.table.records[worker].active:
+                arrives(server, worker)
+        sent = wait(server, 16.0, "a", "b", "c")
+        if not members_of(sent):
+            break
+        published(server, version)
+        server.gets(Query("c", version, 0))
+    else:
+        pytest.fail("it is late in every round")
+    assert version < 25
+
+
+def test_modes_without_a_barrier_have_no_deadline():
+    server = running("a", "b", mode="async", deadline_s=10.0)
+    arrives(server, "a")
+    assert not members_of(wait(server, 30.0, "a", "b"))
+
+
+def test_with_too_few_workers_the_run_pauses_says_so_and_goes_on():
+    server = running("a", "b", "c", mode="esync", min_workers=2)
+    server.gets(Query("a", 0, 1, compute_s=1.0))
+    for worker in ("b", "c"):
+        server.handlers._remove(worker, "gone")
+    asked = server.gets(Query("a", 0, 2, compute_s=1.0))
+    assert not to("a", asked), "nobody goes on alone"
+    server.tick(0.5)
+    assert "waiting for 1 more worker: too few are left" in server.said
+    back = server.member("d")
+    assert [m for m in to("a", back) if isinstance(m, Response)], "and now it does"
+    assert [m for m in to("d", back) if isinstance(m, Response)]
+    server.tick(0.5)
+    assert server.handlers.waiting_for() == ""

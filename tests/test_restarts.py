@@ -1,0 +1,229 @@
+"""Servers that die, by kill -9, and are started again: the run goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+from safetensors.numpy import load_file
+
+from esync.messages import Join, Report, Reset, Welcome
+from tests.processes import QUICK
+from tests.test_handlers import ENDPOINTS, Server, running, to
+
+# The state server's handlers
+
+
+def back(server, version, name="ps", **changes):
+    """The parameter server comes back with a version."""
+    sent = server.gets(Join(name, "ps", endpoints={**ENDPOINTS, **changes}))
+    return sent + server.gets(Report(name, version, 0, "serving"))
+
+
+def test_a_parameter_server_that_comes_back_with_an_older_version_is_gone_on_from():
+    server = running("a", "b", mode="sync")
+    for version in range(1, 8):
+        server.gets(Reset("ps", version, {}))
+    server.handlers.history.evaluated(2, 0.5, None, 1.0)
+    server.handlers.history.evaluated(6, 0.7, None, 2.0)
+    sent = back(server, 4)
+    assert server.handlers.history.version == 4
+    assert [row["round"] for row in server.handlers.history.accuracy] == [2]
+    assert set(to("ps", sent)[1].workers) == {"a", "b"}
+    assert "ps goes on from version 4: rounds 5 to 7 are done again" in server.said
+    server.gets(Reset("ps", 5, {}))
+    assert server.handlers.history.version == 5
+    assert server.handlers.stopped is None
+
+
+def test_workers_are_told_where_it_listens_now():
+    server = running("a", "b", mode="sync")
+    sent = back(server, 0, push="tcp://ps:77")
+    for worker in ("a", "b"):
+        (welcome,) = [m for m in to(worker, sent) if isinstance(m, Welcome)]
+        assert welcome.endpoints[0]["push"] == "tcp://ps:77"
+        assert welcome.rank == server.table.records[worker].rank
+    assert not to("a", back(server, 0, push="tcp://ps:77")), "that is known by now"
+
+
+def test_a_run_waits_for_its_parameter_server_and_another_may_take_its_place():
+    server = running("a", mode="sync", ps_wait_s=60.0)
+    for _ in range(30):
+        server.beat("a")
+        server.tick(1.0)
+    assert server.handlers.stopped is None
+    assert any("is silent; the run waits for it" in text for text in server.said)
+    assert "which is silent" in server.handlers.waiting_for()
+    back(server, 0, name="other")
+    assert server.handlers.waiting_for() == ""
+    assert set(server.handlers.servers) == {"other"}
+    for _ in range(80):
+        server.beat("a")
+        server.tick(1.0)
+    assert server.handlers.stopped == "the parameter server left: it was silent for too long"
+
+
+def test_a_state_server_goes_on_where_another_one_was():
+    first = running("a", "b", mode="sync")
+    first.gets(Reset("ps", 1, {}))
+    first.tick(10.0)
+    first.handlers.history.evaluated(1, 0.5, 0.1, 3.0)
+    saved = json.loads(json.dumps(first.handlers.saved()))
+    second = Server(workers=2, mode="sync")
+    second.now = 5000.0
+    second.handlers.restore(saved)
+    assert second.handlers.status()["elapsed_s"] == pytest.approx(10.0)
+    assert second.handlers.history.accuracy == first.handlers.history.accuracy
+    second.gets(Join("ps", "ps", endpoints=dict(ENDPOINTS)))
+    second.gets(Report("ps", 1, 0, "serving"))
+    assert second.handlers.history.version == 1
+    sent = second.member("b", rank=1)
+    (asked,) = [m for m in to("b", sent) if hasattr(m, "action")]
+    assert asked.action in ("train", "sync"), "it need not wait for the others"
+    assert second.table.records["b"].rank == 1
+
+
+# Real processes
+
+
+class Run:
+    """Three workers on digits, and servers that can be killed and started again."""
+
+    def __init__(self, processes, directory, *options, ps=()):
+        self.processes, self.directory = processes, directory / "run"
+        self.options = options
+        self.ps_options = ps
+        self.state = self.start_state("tcp://127.0.0.1:*")
+        self.endpoint = processes.wait_for("state", r"state server at (tcp://\S+):").group(1)
+        self.join = ["--connect", self.endpoint, "--run-dir", str(self.directory)]
+        self.ps = self.start_ps()
+        self.workers = [
+            processes.start(
+                f"w{i}", "esync.worker.cli", *self.join, "--name", f"w{i}", "--step-time", "0.02"
+            )
+            for i in range(3)
+        ]
+        processes.wait_for("state", "the run starts with 3 workers")
+
+    def start_state(self, bind, *more):
+        options = ["--bind", bind, "--workers", "3", "--run-dir", str(self.directory)]
+        options += ["--heartbeat", "3", *QUICK, *self.options, *more]
+        return self.processes.start("state", "esync.state.cli", *options)
+
+    def start_ps(self, *more):
+        options = ["--name", "ps", "--checkpoint", "0.3", *self.ps_options, *more]
+        return self.processes.start("ps", "esync.ps.cli", *self.join, *options)
+
+    def lines(self, role, event):
+        path = self.directory / f"{role}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        return [line for line in lines if line["event"] == event]
+
+    def version(self):
+        saved = self.directory / "state.json"
+        return json.loads(saved.read_text())["history"]["version"] if saved.exists() else 0
+
+    def rounds(self, count):
+        """Wait for so many versions more than there are now, in whatever life of the servers."""
+        begin = len(self.lines("state", "round"))
+        self.processes.until(
+            lambda: len(self.lines("state", "round")) >= begin + count, f"{count} rounds", 40
+        )
+
+    def end(self):
+        self.processes.started[-1]
+        self.state.send_signal(signal.SIGTERM)
+        for process in (self.state, self.ps, *self.workers):
+            assert process.wait(30) == 0
+        return json.loads((self.directory / "summary.json").read_text())
+
+
+def kill(process):
+    process.kill()
+    process.wait()
+
+
+def test_the_parameter_server_is_killed_and_the_run_goes_on_from_its_checkpoint(
+    processes,
+    tmp_path,
+):
+    run = Run(processes, tmp_path, "--mode", "sync", "--outer", "momentum")
+    for _ in range(2):
+        run.rounds(20)
+        processes.until(lambda: list((run.directory / "checkpoints").glob("*")), "a checkpoint")
+        kill(run.ps)
+        time.sleep(0.5)
+        run.ps = run.start_ps("--resume")
+        run.rounds(20)
+    summary = run.end()
+    assert "going on from version" in processes.output("ps")
+    assert processes.output("state").count("goes on from version") == 2
+    assert summary["ended"] == "interrupted"
+    assert len(summary["workers"]) == 3, "nobody left"
+    again = run.lines("state", "rolled_back")
+    assert len(again) == 2
+    assert all(row["round"] > 0 for row in again)
+    assert load_file(run.directory / "model.safetensors")
+
+
+def test_the_state_server_is_killed_and_the_run_goes_on_where_it_was(
+    processes,
+    tmp_path,
+):
+    run = Run(processes, tmp_path, "--mode", "esync")
+    run.rounds(20)
+    time.sleep(1.2)  # what is saved once a second
+    before = run.version()
+    assert before > 0
+    kill(run.state)
+    run.state = run.start_state(run.endpoint, "--resume")
+    processes.wait_for("state", "going on with the run at version")
+    run.rounds(20)
+    processes.until(lambda: run.version() > before, "a later version on disk")
+    assert "the state server is back" in processes.output("ps")
+    summary = run.end()
+    assert len(summary["workers"]) == 3
+    ranks: dict[str, set[int]] = {}
+    for row in run.lines("state", "join"):
+        ranks.setdefault(row["worker"], set()).add(row["rank"])
+    assert sorted(len(own) for own in ranks.values()) == [1, 1, 1], "each kept its rank"
+
+
+def test_both_servers_are_killed_at_once(processes, tmp_path):
+    run = Run(processes, tmp_path, "--mode", "sync")
+    run.rounds(30)
+    processes.until(lambda: list((run.directory / "checkpoints").glob("*")), "a checkpoint")
+    for process in (run.state, run.ps):
+        kill(process)
+    time.sleep(0.5)
+    run.ps = run.start_ps("--resume")
+    run.state = run.start_state(run.endpoint, "--resume")
+    run.rounds(20)
+    summary = run.end()
+    assert summary["rounds"] > 0
+    assert len(summary["workers"]) == 3
+
+
+def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(
+    processes,
+    tmp_path,
+):
+    run = Run(processes, tmp_path, "--mode", "sync")
+    run.rounds(5)
+    run.end()
+    assert list((run.directory / "checkpoints").glob("*")), "one at the end"
+    state = run.start_state("tcp://127.0.0.1:*")
+    match = processes.until(
+        lambda: (
+            processes.output("state").count("state server at") == 2
+            and processes.output("state").rpartition("state server at ")[2].split(": ")[0]
+        ),
+        "another state server",
+    )
+    run.join = ["--connect", match, "--run-dir", str(run.directory)]
+    ps = run.start_ps()
+    assert ps.wait(30) == 1
+    assert "--resume goes on from them; else remove them" in processes.output("ps")
+    kill(state)
