@@ -162,6 +162,16 @@ class Reset:
 
 
 @dataclass(slots=True)
+class Lost:
+    """Parameter server -> state server: the connection of the worker `peer` is gone. It may have died: if it is not
+    heard of soon, it has."""
+
+    TYPE: ClassVar[str] = "lost"
+    worker: str
+    peer: str
+
+
+@dataclass(slots=True)
 class Members:
     """State server -> parameter server: who is expected at the barrier (id -> rank). Sent back without workers
     once the parameter server goes by it: the run does not start before. `first` are the ids of those who are to be
@@ -302,6 +312,7 @@ Message = (
     | Query
     | Response
     | Reset
+    | Lost
     | Members
     | Leave
     | Status

@@ -245,6 +245,11 @@ def xsub(
     return _connect(socket, endpoint)
 
 
+def beat_s(heartbeat_s: float) -> float:
+    """Seconds between two heartbeats, where silence for `heartbeat_s` is death."""
+    return min(1.0, heartbeat_s / 4)
+
+
 def hostname() -> str:
     """This machine's name, for people to read."""
     return _socket.gethostname().partition(".")[0] or f"pid{os.getpid()}"

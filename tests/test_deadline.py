@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esync.messages import Members, Query, Report, Reset, Response
+from esync.messages import Lost, Members, Query, Report, Reset, Response
 from esync.state.deadline import deadline_s
 from tests.test_handlers import running, to
 
@@ -140,3 +140,19 @@ def test_with_too_few_workers_the_run_pauses_says_so_and_goes_on():
     assert [m for m in to("d", back) if isinstance(m, Response)]
     server.tick(0.5)
     assert server.handlers.waiting_for() == ""
+
+
+def test_a_worker_whose_connection_is_gone_and_who_is_silent_is_soon_evicted():
+    server = running("a", "b", "c", mode="sync")
+    for peer in ("b", "c", "nobody"):
+        server.gets(Lost("ps", peer))
+    server.tick(0.5)
+    server.beat("c")
+    sent = wait(server, 1.5, "a", "c")
+    assert members_of(sent) == [{"a", "c"}], "c is heard of: it is alive"
+    assert "worker b left: evicted: its connection is gone" in server.said
+    assert not members_of(wait(server, 5.0, "a", "c"))
+    error = server.refuses(Lost("ps", "a"), peer="a")
+    assert error.code == "wrong-id"
+    server.gets(Lost("a", "c"))  # a worker may not say it
+    assert members_of(wait(server, 3.0, "a")) == []

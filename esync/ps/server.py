@@ -46,6 +46,7 @@ from esync.messages import (
     Have,
     Join,
     Leave,
+    Lost,
     Members,
     Message,
     MessageError,
@@ -135,7 +136,7 @@ class TensorThread(threading.Thread):
         xpub: zmq.Socket[bytes],
         backend: Backend,
         config: RunConfig,
-        tell: Callable[[NewVersion | Members | Failure], None],
+        tell: Callable[[NewVersion | Members | Lost | Failure], None],
         shard: int = 0,
         envelope: Envelope | None = None,
         resume: Snapshot | None = None,
@@ -333,7 +334,9 @@ class TensorThread(threading.Thread):
         if self._subscriptions[worker] <= 0:
             del self._subscriptions[worker]
             self._subscribers.pop(worker, None)
-            if worker not in self._members:
+            if worker in self._members:
+                self._tell(Lost("", worker))
+            else:
                 self._delivery.forget(worker)
 
     def _have(self, frame: bytes) -> None:
@@ -821,6 +824,7 @@ class ParameterServer:
         self._server.on(Error, self._on_error)
         self._server.on(NewVersion, self._on_new_version)
         self._server.on(Failure, self._on_failure)
+        self._server.on(Lost, self._on_lost)
 
     def _endpoint(self, what: str, port: int) -> str:
         bind = self.config.bind
@@ -982,6 +986,10 @@ class ParameterServer:
             bytes_up=event.bytes_up,
             bytes_down=event.bytes_down,
         )
+
+    def _on_lost(self, peer: bytes, event: Lost) -> None:
+        if peer == LOCAL:  # from the tensor thread
+            self._server.send(b"", Lost(self.name, event.peer))
 
     def _on_leave(self, peer: bytes, message: Leave) -> None:
         """The run is over (from the state server), or we were told to end (posted here)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from esync.keys import SERVER, AllowList
-from esync.messages import Join, Members, Message, MessageError, Reset
+from esync.messages import Join, Lost, Members, Message, MessageError, Reset
 
 
 def check_key(
@@ -34,7 +34,7 @@ def check_key(
             f"the key of {name!r} does not speak for {worker!r:.80}, only for {name!r} and for ids that begin "
             f"with '{name}-' and are not another key's; choose such a --name",
         )
-    serves = isinstance(message, (Reset, Members)) or worker in servers
+    serves = isinstance(message, (Reset, Lost, Members)) or worker in servers
     if serves or (isinstance(message, Join) and message.role == "ps"):
         raise MessageError(
             "wrong-key",

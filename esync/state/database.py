@@ -58,6 +58,7 @@ class Record:
 
     Attributes:
         life: which process it is; another one under the same id is another worker.
+        suspected: since when it is thought to be dead; None: it is not.
         active: expected at the barrier (it has the model and has asked for work).
         round, step: the round it is in, and its finished local steps (the paper's k).
         since: when it finished its last step, or pulled the model (the paper's te).
@@ -83,6 +84,7 @@ class Record:
     device: str = ""
     life: str = ""
     heard: float = 0.0
+    suspected: float | None = None
     active: bool = False
     round: int = -1
     step: int = 0

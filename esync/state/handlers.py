@@ -21,6 +21,7 @@ from esync.messages import (
     Error,
     Join,
     Leave,
+    Lost,
     Members,
     Message,
     MessageError,
@@ -47,6 +48,8 @@ EVALUATION_S = 600.0
 """How long it waits for an evaluator that still evaluates the final model."""
 PROGRESS_S = 10.0
 """Seconds between two lines of progress."""
+SUSPICION = 1.5
+"""Heartbeats that have to be missing for a worker whose connection is gone to be taken for dead."""
 SERVER_SILENCE_S = 5.0
 """A parameter server reports every second; it is not missed sooner than after so long."""
 
@@ -142,6 +145,7 @@ class Handlers:
             Query: self.on_query,
             Report: self.on_report,
             Reset: self.on_reset,
+            Lost: self.on_lost,
             Members: self.on_members,
             Leave: self.on_leave,
             Status: self.on_status,
@@ -430,6 +434,13 @@ class Handlers:
         self._start_if_ready(now)
         self._release(now)
 
+    def on_lost(self, peer: bytes, message: Lost) -> None:
+        """A worker's connection to a parameter server is gone; the next look at the time tells whether it is too."""
+        _check_identity(peer, message.worker)
+        record = self.table.records.get(message.peer)
+        if message.worker in self.servers and record is not None:
+            record.suspected = self._clock()
+
     def _start_if_ready(self, now: float) -> None:
         """Start once enough workers are here, and the parameter server will wait for each of them."""
         if self.started is not None or len(self.table.active()) < self.config.workers:
@@ -658,6 +669,12 @@ class Handlers:
                 now - record.heard > self.config.heartbeat_s - TICK_S
             ):  # the next look would be too late
                 self._remove(record.worker, f"evicted: silent for {self.config.heartbeat_s:g} s")
+            elif record.suspected is not None:
+                record.suspected += event.late_s
+                if record.heard > record.suspected:
+                    record.suspected = None
+                elif now - record.suspected > SUSPICION * transport.beat_s(self.config.heartbeat_s):
+                    self._remove(record.worker, "evicted: its connection is gone")
         for server in list(self.servers.values()):
             silent_s = now - server.heard
             if silent_s > max(self.config.heartbeat_s, SERVER_SILENCE_S):

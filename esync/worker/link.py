@@ -364,7 +364,7 @@ class Link(threading.Thread):
         if not shared.accepted and now - self._joined_at > RETRY_S:
             self._send_join()
         if shared.welcome is not None and now >= self._beat_at:
-            self._beat_at = now + min(2.0, shared.welcome.heartbeat_s / 4)
+            self._beat_at = now + transport.beat_s(shared.welcome.heartbeat_s)
             self._beat()
         for channel in self._channels:
             channel.on_time(now)
