@@ -61,23 +61,73 @@ class Row:
     recover_s: list[float] = field(default_factory=list)
 
 
-class Cluster:
-    """A run of real processes, which can be hurt."""
+class Network:
+    """A network namespace, connected to this one by a pair of virtual devices; needs the rights to make it.
 
-    def __init__(self, directory: Path, workers: int, seed: int) -> None:
+    Raises:
+        subprocess.CalledProcessError: this process may not.
+    """
+
+    OURS, THEIRS = "10.213.77.1", "10.213.77.2"
+
+    def __init__(self) -> None:
+        self.name = f"esync{os.getpid()}"
+        self.device = f"es{os.getpid() % 10**6}"
+        inside = f"{self.device}i"
+        try:
+            self._ip("netns", "add", self.name)
+            self._ip("link", "add", self.device, "type", "veth", "peer", "name", inside)
+            self._ip("link", "set", inside, "netns", self.name)
+            self._ip("addr", "add", f"{self.OURS}/30", "dev", self.device)
+            self._ip("link", "set", self.device, "up")
+            for command in (
+                ("addr", "add", f"{self.THEIRS}/30", "dev", inside),
+                ("link", "set", inside, "up"),
+                ("link", "set", "lo", "up"),
+            ):
+                self._ip("-n", self.name, *command)
+        except BaseException:
+            self.close()
+            raise
+
+    def _ip(self, *arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    def up(self, up: bool) -> None:
+        """Connect it, or cut it off."""
+        self._ip("link", "set", self.device, "up" if up else "down")
+
+    def close(self) -> None:
+        for arguments in (("link", "del", self.device), ("netns", "del", self.name)):
+            subprocess.run(["ip", *arguments], check=False, capture_output=True)
+
+
+class Cluster:
+    """A run of real processes, which can be hurt.
+
+    Args:
+        network: where the first two workers run; None: on this machine, as all others.
+    """
+
+    def __init__(self, directory: Path, workers: int, seed: int, network: Network | None) -> None:
         self.directory = directory
         self.seed = seed
+        self.network = network
+        self.host = network.OURS if network else "127.0.0.1"
         self.injected: list[float] = []
-        self.state = self._state("tcp://127.0.0.1:*", workers)
+        self.state = self._state(f"tcp://{self.host}:*", workers)
         self.endpoint = self._await("state", "state server at ").split(": ")[0]
         self.ps = self._ps()
         self.workers = {i: self.worker(i) for i in range(workers)}
         self._await("state", "the run starts", 120.0)
 
-    def _start(self, name: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def _start(
+        self, name: str, module: str, *arguments: str, inside: bool = False
+    ) -> subprocess.Popen[bytes]:
+        within = ["ip", "netns", "exec", self.network.name] if inside and self.network else []
         with open(self.directory / f"{name}.out", "ab") as out:
             return subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                [*within, sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -88,17 +138,19 @@ class Cluster:
         options = ["--bind", bind, "--workers", str(workers), "--run-dir", str(self.directory)]
         options += ["--model", "mlp", "--dataset", "digits", "--batch-size", "16"]
         options += ["--seed", str(self.seed), "--evaluate-every", "0"]
+        options += ["--insecure"] if self.network else []
         return self._start("state", "esync.state.cli", *options, *more)
 
     def _ps(self, *more: str) -> subprocess.Popen[bytes]:
         options = ["--connect", self.endpoint, "--run-dir", str(self.directory), "--name", "ps"]
+        options += ["--bind", self.host, *(["--insecure"] if self.network else [])]
         return self._start("ps", "esync.ps.cli", *options, "--checkpoint", "2", *more)
 
     def worker(self, rank: int) -> subprocess.Popen[bytes]:
         options = ["--connect", self.endpoint, "--run-dir", str(self.directory)]
         options += ["--name", f"w{rank}", "--rank", str(rank)]
         options += ["--step-time", str(STEP_S[rank % len(STEP_S)])]
-        return self._start(f"w{rank}", "esync.worker.cli", *options)
+        return self._start(f"w{rank}", "esync.worker.cli", *options, inside=rank < 2)
 
     def start_again(self, role: str) -> None:
         """Start a server that was killed, which goes on where the run was."""
@@ -156,15 +208,18 @@ class Cluster:
 
 
 @contextmanager
-def cluster(workers: int, seed: int) -> Iterator[Cluster]:
+def cluster(workers: int, seed: int, *, apart: bool = False) -> Iterator[Cluster]:
+    """A run; with the first two workers in a network of their own if they are `apart`."""
     with tempfile.TemporaryDirectory() as folder:
-        made = None
+        made, network = None, Network() if apart else None
         try:
-            made = Cluster(Path(folder), workers, seed)
+            made = Cluster(Path(folder), workers, seed, network)
             yield made
         finally:
             if made is not None:
                 made.kill()
+            if network is not None:
+                network.close()
 
 
 # The faults: each hurts a cluster for some seconds
@@ -241,12 +296,23 @@ def garbage(made: Cluster, seconds: float, times: int, rng: random.Random) -> No
     context.destroy(linger=0)
 
 
+def cut(made: Cluster, seconds: float, times: int, rng: random.Random) -> None:
+    """The network of two workers is gone for two thirds of the time."""
+    assert made.network is not None
+    made.hurt()
+    made.network.up(False)
+    time.sleep(seconds * 2 / 3)
+    made.network.up(True)
+    time.sleep(seconds / 3)
+
+
 FAULTS: dict[str, tuple[Callable[[Cluster, float, int, random.Random], None], int, float]] = {
     "worker": (worker_kills, 20, 400.0),
     "ps": (server_kills("ps"), 5, 100.0),
     "state": (server_kills("state"), 5, 100.0),
     "stop": (stopped_worker, 1, 60.0),
     "garbage": (garbage, 1, 30.0),
+    "cut": (cut, 1, 90.0),
 }
 """Name -> what it does, how often, and for how many seconds."""
 QUICK = {
@@ -255,6 +321,7 @@ QUICK = {
     "state": (2, 20.0),
     "stop": (1, 20.0),
     "garbage": (1, 10.0),
+    "cut": (1, 30.0),
 }
 
 
@@ -308,7 +375,7 @@ def compare(name: str, workers: int, times: int, seconds: float, seed: int) -> R
     """A run with the fault beside one without."""
     rates = []
     for hurt in (nothing, FAULTS[name][0]):
-        with cluster(workers, seed) as made:
+        with cluster(workers, seed, apart=name == "cut") as made:
             time.sleep(SETTLE_S)
             begin = time.time()
             hurt(made, seconds, times, random.Random(seed))
@@ -365,7 +432,13 @@ def main(
         times, length = QUICK[name] if quick else FAULTS[name][1:]
         count = workers or (4 if quick else 8)
         console.print(f"{name}: {times} in {seconds or length:g} s, {count} workers")
-        rows.append(compare(name, count, times, seconds or length, seed))
+        try:
+            rows.append(compare(name, count, times, seconds or length, seed))
+        except (subprocess.CalledProcessError, FileNotFoundError) as error:
+            if name != "cut":
+                raise
+            console.print(f"  left out: it takes the right to make network namespaces ({error})")
+            continue
         show(rows[-1:])
     if len(rows) > 1:
         show(rows)

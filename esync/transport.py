@@ -35,9 +35,15 @@ CHUNKS_RECEIVED = 1
 """Chunks of each worker that wait at the parameter server to be looked at: they are what its memory grows by."""
 CHUNKS_SENT = 64
 """Chunks of an update that wait at the worker to be sent: they are part of the update, and take no memory."""
-WINDOW_BYTES = 32 << 20
-"""Of models on the way to one worker at a time: what a link of 10 Gbit/s carries in 25 ms."""
-HAVE_BYTES = WINDOW_BYTES // 8
+WINDOW_BYTES, WINDOW_CHUNKS = 32 << 20, 64
+"""Of models on the way to one worker at a time, at most: what a link of 10 Gbit/s carries in 25 ms."""
+SUBSCRIBER_HWM = 2 * WINDOW_CHUNKS
+"""Messages for one subscriber: a window, and what is said to it besides."""
+GIVEN_UP_MS = 15_000
+"""After so long without progress a connection that models leave by is given up."""
+CONNECT_MS = 3000
+"""After so long an attempt to connect is given up for another: the system's own retries get rare."""
+HAVE_BYTES, HAVE_CHUNKS = WINDOW_BYTES // 8, WINDOW_CHUNKS // 8
 """A worker says what has arrived at least so often."""
 LINGER_MS = 2000
 
@@ -194,6 +200,7 @@ def _connect(socket: zmq.Socket[bytes], endpoint: str) -> zmq.Socket[bytes]:
     try:
         check_endpoint(endpoint)
         socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
         socket.connect(endpoint)
     except zmq.ZMQError as error:
         socket.close(0)
@@ -230,8 +237,10 @@ def xpub(context: zmq.Context[Any], keys: ServerKeys | None = None) -> zmq.Socke
     """Where models leave; every subscription and unsubscription is seen by the parameter server."""
     socket = _socket_of(context, zmq.XPUB, MAX_CONTROL_BYTES, keys)
     socket.setsockopt(zmq.XPUB_VERBOSER, 1)
-    # How much of it waits for a subscriber is decided where it is sent (esync/ps/delivery.py).
-    socket.setsockopt(zmq.SNDHWM, 10_000)
+    # What is on its way to a subscriber is bounded where it is sent (esync/ps/delivery.py). This is for a connection
+    # that a worker has left behind when its network was gone: it takes nothing any more until it is given up.
+    socket.setsockopt(zmq.SNDHWM, SUBSCRIBER_HWM)
+    socket.setsockopt(zmq.TCP_MAXRT, GIVEN_UP_MS)
     return socket
 
 

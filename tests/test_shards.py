@@ -82,9 +82,9 @@ def test_a_model_is_newer_when_every_shard_of_it_is():
     layout = Layout((Leaf(DELTA, "w", (6,), "float32"),)).cut(2)
     shards = Shards(layout)
 
-    def arrives(shard, version):
+    def arrives(shard, version, life="x"):
         assembly = shards.assemblies[shard]
-        header = Model("x", version, 0, assembly.layout.digest)
+        header = Model(life, version, 0, assembly.layout.digest)
         data = np.full(3, version, np.float32)
         assert assembly.add(header, memoryview(data.tobytes()))
 
@@ -93,7 +93,7 @@ def test_a_model_is_newer_when_every_shard_of_it_is():
     assert (shards.newest, shards.newer, shards.version) == (None, False, -1)
     arrives(1, 0)
     assert shards.newer
-    shards.begun = shards.newest.versions
+    shards.begin(shards.newest)
     arrives(1, 1)
     arrives(1, 2)
     assert not shards.newer
@@ -102,6 +102,13 @@ def test_a_model_is_newer_when_every_shard_of_it_is():
     assert shards.newest is shards.newest
     arrives(0, 1)
     assert shards.newer
+    shards.begin(shards.newest)
+    assert shards.awaited == (1, 2)
+    arrives(1, 1, "another life of the server")
+    assert not shards.newer, "the other one has nothing new"
+    assert shards.awaited == (1, -1)
+    arrives(0, 2)
+    assert shards.newer, "also if its versions are older ones"
 
 
 # Runs

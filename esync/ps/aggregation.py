@@ -52,7 +52,8 @@ class Encoded:
 class Published:
     """A chunk of a version is final; for one worker, or for everybody (None).
 
-    Whoever has the version before can make the chunk of it from `encoded`, where that is given.
+    Whoever has the version before can make the chunk of it from `encoded`, where that is given. `as_word`: it lies in
+    shared memory, for as long as that holds this version, and only word of it is sent.
     """
 
     version: int
@@ -60,6 +61,7 @@ class Published:
     data: Array
     worker: str | None = None
     encoded: Encoded | None = None
+    as_word: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from esync.ps.aggregation import Published
-from esync.transport import WINDOW_BYTES
+from esync.transport import WINDOW_BYTES, WINDOW_CHUNKS
 
 LOST_S = 2.0
 """After so long without progress what is on its way is taken for lost, if the subscriber asks."""
@@ -55,7 +55,12 @@ class Delivery:
     def next(self, worker: str) -> Iterator[Published]:
         """What may be handed to the subscriber's connection now; to be followed by `sent` for each."""
         line = self._lines.get(worker)
-        while line is not None and line.waiting and line.bytes < self._window:
+        while (
+            line is not None
+            and line.waiting
+            and line.bytes < self._window
+            and len(line.sent) < WINDOW_CHUNKS
+        ):
             yield line.waiting.popleft()
 
     def sent(self, worker: str, event: Published, size: int, now: float) -> None:

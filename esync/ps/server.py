@@ -648,18 +648,21 @@ class TensorThread(threading.Thread):
 
     def _send_chunk(self, worker: str, event: Published) -> None:
         """Send a chunk to a worker: itself, when its connection takes it, or word of where in shared memory it is."""
+        now = time.monotonic()
         if worker in self._memories and self._is_placed(event):
-            self._send_word(worker, event)
+            self._delivery.put(worker, replace(event, as_word=True), now)
         else:
-            now = time.monotonic()
             self._delivery.put(worker, self._lasting(event), now)
-            self._deliver(worker, now)
+        self._deliver(worker, now)
 
     def _deliver(self, worker: str, now: float) -> None:
         """Send a worker what may go."""
         for event in self._delivery.next(worker):
-            size = self._send_data(worker, event)
-            self._delivery.sent(worker, event, size, now)
+            if not event.as_word:
+                self._delivery.sent(worker, event, self._send_data(worker, event), now)
+            elif self._is_placed(event):  # else there is another version by now
+                self._send_word(worker, event)
+                self._delivery.sent(worker, event, 0, now)
 
     def _send_word(self, worker: str, event: Published) -> None:
         header = self._header(event)

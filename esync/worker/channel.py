@@ -105,7 +105,8 @@ class Channel:
         self._outgoing: deque[list[Any]] = deque()
         self._offered_to = ""  # the incarnation of the server
         self._offered_at: float | None = None  # until there is an answer
-        self._received = 0  # bytes since we said what has arrived
+        self._received = 0  # bytes since we said what has arrived, and chunks
+        self._chunks_received = 0
         self._topic = f"{'e' if role == 'evaluator' else 'w'}/{worker}/".encode()
         self._context, self._keys = context, keys
         self._endpoints = endpoints
@@ -123,13 +124,16 @@ class Channel:
             self._envelope = envelope
         if endpoints != self._endpoints:
             self._endpoints = endpoints
-            for socket in (self._push, self.sub):
-                if socket in self._poller:
-                    self._poller.unregister(socket)
-            self._push.close(0)
-            self.sub.close(0)
-            self._outgoing.clear()
-            self._open()
+            self.connect_again()
+
+    def connect_again(self) -> None:
+        """Have new connections; what was on its way by the old ones is asked for again."""
+        for socket in (self._push, self.sub):
+            if socket in self._poller:
+                self._poller.unregister(socket)
+            socket.close(0)
+        self._outgoing.clear()
+        self._open()
 
     def close(self) -> None:
         self._push.close()
@@ -247,12 +251,14 @@ class Channel:
         self.progress_at = time.monotonic()
         self._meet(header.incarnation)
         self._received += 0 if payload is None else payload.nbytes
+        self._chunks_received += 1
         complete = False
         try:
             complete = self.assembly.add(header, payload)  # no lock: only this thread adds
         finally:
-            if complete or self._received >= transport.HAVE_BYTES:
-                self._received = 0
+            many = self._chunks_received >= transport.HAVE_CHUNKS
+            if complete or many or self._received >= transport.HAVE_BYTES:
+                self._received = self._chunks_received = 0
                 have = Have(self._worker, header.version, header.chunk, complete)
                 frame = self._envelope.pack_alone(messages.encode(have), TO_SERVER)
                 self.sub.send(frame, zmq.NOBLOCK)

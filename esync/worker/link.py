@@ -41,6 +41,8 @@ from esync.worker.session import Session
 
 log = logging.getLogger("esync.worker")
 POLL_MS = 250
+LONG_LOST_S = 3.0
+"""After so long without the state server the connections to parameter servers are made anew."""
 NAME_TAKEN_S = 8.0
 """How long to try for a name that somebody else seems to have."""
 
@@ -348,6 +350,11 @@ class Link(threading.Thread):
     def _on_time(self, now: float, began: float) -> None:
         shared = self.shared
         lost = transport.is_lost(self._control)
+        if self._lost_at is not None and not lost and now - self._lost_at > LONG_LOST_S:
+            for (
+                channel
+            ) in self._channels:  # the same network was gone: do not wait for TCP to find out
+                channel.connect_again()
         self._lost_at = (self._lost_at or now) if lost else None
         if not self._answered:
             if why := transport.refusal(self._control):
