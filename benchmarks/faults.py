@@ -1,8 +1,9 @@
 """Goodput under faults: the share of a fault-free run's samples per second that is left.
 
 Each fault is injected into a run of real processes on this machine, beside a twin of the same seed and length without
-it. Counted are rounds that had to be done again, updates of finished rounds that are missing or counted twice (there
-must be none), and the seconds from a fault to the next version.
+it. Every local step adds 1 to the model, so that in the end the model itself tells whether an update was lost or
+counted twice: it has to be what the logs of steps and of versions say. Counted are also rounds that had to be done
+again, and the seconds from a fault to the next version.
 
     python benchmarks/faults.py --quick
     python benchmarks/faults.py --only worker --json faults.json
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -31,6 +31,7 @@ import measure
 import zmq
 from rich.console import Console
 from rich.table import Table
+from safetensors.numpy import load_file
 
 console = Console(width=150)
 ENVIRONMENT = {
@@ -56,8 +57,8 @@ class Row:
     goodput: float
     rounds: int
     redone: int
-    lost: int
-    doubled: int
+    given_up: int
+    missing: float
     recover_s: list[float] = field(default_factory=list)
 
 
@@ -132,11 +133,12 @@ class Cluster:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=ENVIRONMENT,
+                cwd=Path(__file__).parent,
             )
 
     def _state(self, bind: str, workers: int, *more: str) -> subprocess.Popen[bytes]:
         options = ["--bind", bind, "--workers", str(workers), "--run-dir", str(self.directory)]
-        options += ["--model", "mlp", "--dataset", "digits", "--batch-size", "16"]
+        options += ["--model", "own", "--batch-size", "16"]
         options += ["--seed", str(self.seed), "--evaluate-every", "0"]
         options += ["--insecure"] if self.network else []
         return self._start("state", "esync.state.cli", *options, *more)
@@ -147,10 +149,10 @@ class Cluster:
         return self._start("ps", "esync.ps.cli", *options, "--checkpoint", "2", *more)
 
     def worker(self, rank: int) -> subprocess.Popen[bytes]:
-        options = ["--connect", self.endpoint, "--run-dir", str(self.directory)]
-        options += ["--name", f"w{rank}", "--rank", str(rank)]
-        options += ["--step-time", str(STEP_S[rank % len(STEP_S)])]
-        return self._start(f"w{rank}", "esync.worker.cli", *options, inside=rank < 2)
+        name, step_s = f"w{rank}", str(STEP_S[rank % len(STEP_S)])
+        log = str(self.directory / f"{name}.jsonl")
+        options = [self.endpoint, name, str(rank), step_s, log]
+        return self._start(name, "inside.counting_worker", *options, inside=rank < 2)
 
     def start_again(self, role: str) -> None:
         """Start a server that was killed, which goes on where the run was."""
@@ -328,41 +330,61 @@ QUICK = {
 # What came of it
 
 
+def steps_of(made: Cluster) -> dict[tuple[str, int], dict[str, Any]]:
+    """(worker, round) -> the last that it wrote of its steps in that round, which may have been done again."""
+    return {
+        (f"w{rank}", row["round"]): row
+        for rank in made.workers
+        for row in made.events(f"w{rank}", "step")
+    }
+
+
+def versions_of(made: Cluster) -> dict[int, dict[str, Any]]:
+    """Version -> when it was published and whose updates are in it; of those that were made again the last one."""
+    return {row["round"]: row for row in made.events("ps", "round")}
+
+
 def samples_of(made: Cluster, begin: float, end: float) -> float:
-    """Samples trained in that time, by the workers' logs."""
-    total = 0.0
-    for rank in made.workers:
-        for row in made.events(f"w{rank}", "round"):
-            if begin <= row["t"] < end:
-                total += row["samples"]
-    return total
+    """Samples that are in the versions of that time."""
+    steps, total = steps_of(made), 0
+    for version, row in versions_of(made).items():
+        if begin <= row["t"] < end:
+            total += sum(steps[worker, version - 1]["steps"] for worker in row["early_s"])
+    return total * 16.0
 
 
-def accounts(made: Cluster) -> tuple[int, int, int, int]:
-    """(rounds, rounds done again, updates lost, updates doubled) of a whole run.
+def missing(made: Cluster) -> float:
+    """By how many local steps the final model differs from what the logs say is in it: 0, or updates were lost or
+    counted twice. A version is the one before it plus the mean of its members' steps."""
+    steps, expected = steps_of(made), 0.0
+    versions = versions_of(made)
+    for version, row in versions.items():
+        if version > 0:
+            own = [steps[worker, version - 1]["steps"] for worker in row["early_s"]]
+            expected += sum(own) / len(own)
+    model = load_file(made.directory / "model.safetensors")
+    (found,) = (float(x[0]) for x in model.values())
+    return found - expected
 
-    An update is lost if its worker finished a round in time and is not among the members of the version that the
-    round made; or doubled if it is there twice. Of versions that were made again the last one counts.
-    """
-    made_of: dict[int, list[str]] = {}
-    for row in made.events("ps", "round"):
-        made_of[row["round"]] = list(row["early_s"])
-    redone = sum(row["lost"] for row in made.events("state", "rolled_back"))
-    last: dict[tuple[str, int], dict[str, Any]] = {}
-    for rank in made.workers:
-        for row in made.events(f"w{rank}", "round"):
-            last[f"w{rank}", row["round"]] = row
-    lost = 0
-    for (worker, round), row in last.items():
-        if not row["late"] and round + 1 in made_of and worker not in made_of[round + 1]:
-            lost += 1
-    doubled = sum(n - 1 for members in made_of.values() for n in Counter(members).values())
-    return max(made_of, default=0), redone, lost, doubled
+
+def given_up(made: Cluster) -> int:
+    """Updates that were made and are not in their version: their workers were dead, cut off or late by then."""
+    versions = versions_of(made)
+    pushed = [
+        (f"w{rank}", row["round"])
+        for rank in made.workers
+        for row in made.events(f"w{rank}", "round")
+        if not row["late"]
+    ]
+    return sum(
+        round + 1 in versions and worker not in versions[round + 1]["early_s"]
+        for worker, round in set(pushed)
+    )
 
 
 def recoveries(made: Cluster) -> list[float]:
-    """Seconds from each fault to the next version."""
-    versions = sorted(row["t"] for row in made.events("ps", "round"))
+    """Seconds from each fault to the next version that the state server heard of."""
+    versions = sorted(row["t"] for row in made.events("state", "round"))
     found = []
     for at in made.injected:
         later = [t for t in versions if t > at]
@@ -381,18 +403,22 @@ def compare(name: str, workers: int, times: int, seconds: float, seed: int) -> R
             hurt(made, seconds, times, random.Random(seed))
             end = time.time()
             time.sleep(3.0)  # rounds that have begun end
-            rates.append(samples_of(made, begin, end) / (end - begin))
             made.end()
-            rounds, redone, lost, doubled = accounts(made)
-            recover = recoveries(made)
-    goodput = rates[1] / rates[0]
-    return Row(name, times, seconds, goodput, rounds, redone, lost, doubled, recover)
+            rates.append(samples_of(made, begin, end) / (end - begin))
+            counts = {
+                "rounds": max(versions_of(made)),
+                "redone": sum(row["lost"] for row in made.events("state", "rolled_back")),
+                "given_up": given_up(made),
+                "missing": missing(made),
+                "recover_s": recoveries(made),
+            }
+    return Row(name, times, seconds, rates[1] / rates[0], **counts)  # type: ignore[arg-type]
 
 
 def show(rows: list[Row]) -> None:
     table = Table(title="goodput under faults", title_justify="left")
     columns = ("fault", "times", "seconds", "goodput", "rounds", "done again")
-    columns += ("updates lost", "doubled", "recovers after s, median", "worst")
+    columns += ("updates given up", "steps missing", "recovers after s, median", "worst")
     for column in columns:
         table.add_column(column, justify="left" if column == "fault" else "right")
     for row in rows:
@@ -404,8 +430,8 @@ def show(rows: list[Row]) -> None:
             f"{row.goodput:.3f}",
             str(row.rounds),
             str(row.redone),
-            str(row.lost),
-            str(row.doubled),
+            str(row.given_up),
+            f"{abs(row.missing):.3f}",
             *(recover if row.recover_s else ["", ""]),
         )
     console.print(table)
