@@ -226,6 +226,9 @@ def cluster(workers: int, seed: int, *, apart: bool = False) -> Iterator[Cluster
 
 # The faults: each hurts a cluster for some seconds
 
+Fault = Callable[[Cluster, float, int, random.Random], None]
+"""(cluster, for so many seconds, so often, what is drawn)."""
+
 
 def nothing(made: Cluster, seconds: float, times: int, rng: random.Random) -> None:
     time.sleep(seconds)
@@ -242,7 +245,7 @@ def worker_kills(made: Cluster, seconds: float, times: int, rng: random.Random) 
         time.sleep(seconds / times)
 
 
-def server_kills(role: str) -> Callable[[Cluster, float, int, random.Random], None]:
+def server_kills(role: str) -> Fault:
     def kills(made: Cluster, seconds: float, times: int, rng: random.Random) -> None:
         for _ in range(times):
             time.sleep(rng.uniform(0.3, 0.5) * seconds / times)
@@ -308,7 +311,7 @@ def cut(made: Cluster, seconds: float, times: int, rng: random.Random) -> None:
     time.sleep(seconds / 3)
 
 
-FAULTS: dict[str, tuple[Callable[[Cluster, float, int, random.Random], None], int, float]] = {
+FAULTS: dict[str, tuple[Fault, int, float]] = {
     "worker": (worker_kills, 20, 400.0),
     "ps": (server_kills("ps"), 5, 100.0),
     "state": (server_kills("state"), 5, 100.0),
@@ -393,26 +396,32 @@ def recoveries(made: Cluster) -> list[float]:
     return found
 
 
+def run_with(
+    hurt: Fault, workers: int, times: int, seconds: float, seed: int, *, apart: bool = False
+) -> tuple[float, dict[str, Any]]:
+    """(samples per second, what else came of it) of a run that is hurt."""
+    with cluster(workers, seed, apart=apart) as made:
+        time.sleep(min(SETTLE_S, seconds / 2))
+        begin = time.time()
+        hurt(made, seconds, times, random.Random(seed))
+        end = time.time()
+        time.sleep(3.0)  # rounds that have begun end
+        made.end()
+        return samples_of(made, begin, end) / (end - begin), {
+            "rounds": max(versions_of(made)),
+            "redone": sum(row["lost"] for row in made.events("state", "rolled_back")),
+            "given_up": given_up(made),
+            "missing": missing(made),
+            "recover_s": recoveries(made),
+        }
+
+
 def compare(name: str, workers: int, times: int, seconds: float, seed: int) -> Row:
     """A run with the fault beside one without."""
-    rates = []
-    for hurt in (nothing, FAULTS[name][0]):
-        with cluster(workers, seed, apart=name == "cut") as made:
-            time.sleep(SETTLE_S)
-            begin = time.time()
-            hurt(made, seconds, times, random.Random(seed))
-            end = time.time()
-            time.sleep(3.0)  # rounds that have begun end
-            made.end()
-            rates.append(samples_of(made, begin, end) / (end - begin))
-            counts = {
-                "rounds": max(versions_of(made)),
-                "redone": sum(row["lost"] for row in made.events("state", "rolled_back")),
-                "given_up": given_up(made),
-                "missing": missing(made),
-                "recover_s": recoveries(made),
-            }
-    return Row(name, times, seconds, rates[1] / rates[0], **counts)  # type: ignore[arg-type]
+    about = workers, times, seconds, seed
+    twin, _ = run_with(nothing, *about, apart=name == "cut")
+    rate, counts = run_with(FAULTS[name][0], *about, apart=name == "cut")
+    return Row(name, times, seconds, rate / twin, **counts)
 
 
 def show(rows: list[Row]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
@@ -227,3 +229,63 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(
     assert ps.wait(30) == 1
     assert "--resume goes on from them; else remove them" in processes.output("ps")
     kill(state)
+
+
+def cluster_file(directory):
+    path = directory / "c.toml"
+    path.write_text(
+        '[run]\nmode = "sync"\nmodel = "mlp"\ndataset = "digits"\nrounds = 12\nouter = "momentum"\n'
+        'evaluate_every_s = 0.5\n[state]\nbind = "tcp://127.0.0.1:*"\n[ps]\ncheckpoint_s = 0.2\n'
+        "[[workers]]\ncount = 2\nstep_time_s = 0.05\n"
+    )
+    return path
+
+
+def test_a_run_that_has_ended_is_gone_on_with(processes, tmp_path):
+    runs = tmp_path / "runs"
+    first = processes.start(
+        "first", "esync.run.cli", str(cluster_file(tmp_path)), "--runs", str(runs), "--name", "it"
+    )
+    assert first.wait(90) == 0, processes.output("first")
+    again = processes.start(
+        "again", "esync.run.cli", str(runs / "it" / "cluster.toml"), "--resume", "--rounds", "30"
+    )
+    assert again.wait(90) == 0, processes.output("again")
+    summary = json.loads((runs / "it" / "summary.json").read_text())
+    assert summary["rounds"] == 30
+    rounds = [row["round"] for row in summary["accuracy"]]
+    assert rounds[-1] == 30
+    assert min(rounds) < 12, "what was there before is remembered"
+    assert "going on from version 12" in (runs / "it" / "ps.log").read_text()
+    wrong = processes.start("wrong", "esync.run.cli", str(tmp_path / "c.toml"), "--resume")
+    assert wrong.wait(30) == 1
+    assert "is not an earlier run's" in processes.output("wrong")
+
+
+def pid_of(module, directory):
+    """The process of a role of the run in a directory."""
+    for path in Path("/proc").iterdir():
+        try:
+            command = (path / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if module.encode() in command and str(directory).encode() in command:
+            return int(path.name)
+    return None
+
+
+@pytest.mark.parametrize("role", ["ps", "state"])
+def test_esync_run_starts_a_server_again_that_dies(processes, tmp_path, role):
+    runs = tmp_path / "runs"
+    options = ["--runs", str(runs), "--name", "it", "--keep-going", "--rounds", "150", "--plain"]
+    run = processes.start("run", "esync.run.cli", str(cluster_file(tmp_path)), *options)
+    processes.until(lambda: list((runs / "it" / "checkpoints").glob("*")), "a checkpoint")
+    module = f"esync.{role}.cli"
+    pid = processes.until(lambda: pid_of(module, runs / "it"), f"the {role}")
+    os.kill(pid, signal.SIGKILL)
+    assert run.wait(120) == 0, processes.output("run")
+    assert f"{role} died" in processes.output("run")
+    assert "it was started again" in processes.output("run")
+    summary = json.loads((runs / "it" / "summary.json").read_text())
+    assert summary["rounds"] == 150
+    assert summary["final_accuracy"] > 0.5

@@ -1,0 +1,59 @@
+"""Short versions of what `benchmarks/faults.py` does to a run of real processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import faults
+
+
+def namespaces() -> bool:
+    """Whether this process may make network namespaces."""
+    try:
+        faults.Network().close()
+    except (subprocess.CalledProcessError, OSError):
+        return False
+    return True
+
+
+def hurt(name: str, workers: int, times: int, seconds: float) -> dict[str, Any]:
+    """What came of a run with a fault; the model has to be what the logs say is in it."""
+    apart = name == "cut"
+    rate, counts = faults.run_with(faults.FAULTS[name][0], workers, times, seconds, 1, apart=apart)
+    assert abs(counts["missing"]) < 1e-3 * counts["rounds"], "no update was lost or counted twice"
+    assert rate > 0
+    assert counts["recover_s"]
+    return counts
+
+
+def test_workers_that_are_killed_are_soon_not_waited_for() -> None:
+    assert max(hurt("worker", 3, 2, 10.0)["recover_s"]) < 8.0, "before a heartbeat has been missing"
+
+
+@pytest.mark.parametrize("role", ["ps", "state"])
+def test_servers_that_are_killed_are_gone_on_from(role: str) -> None:
+    counts = hurt(role, 3, 2, 10.0)
+    assert role == "ps" or counts["redone"] == 0
+
+
+def test_a_worker_that_is_stopped_holds_nobody_up_for_long_and_comes_back() -> None:
+    hurt("stop", 3, 1, 16.0)
+
+
+def test_garbage_changes_nothing() -> None:
+    hurt("garbage", 3, 1, 5.0)
+
+
+def test_workers_whose_network_is_gone_for_a_while_come_back() -> None:
+    if not namespaces():
+        pytest.skip(
+            "making network namespaces takes rights that this process has not (run it as root)"
+        )
+    hurt("cut", 3, 1, 24.0)
