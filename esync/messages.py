@@ -247,6 +247,7 @@ class Fetch:
     pushed: int = -1
     version: int = -1
     missing: list[Any] = dataclasses.field(default_factory=list)
+    evaluator: bool = False  # that is who asks
 
 
 @dataclass(slots=True)
@@ -259,6 +260,7 @@ class Have:
     version: int
     chunk: int
     whole: bool = False
+    evaluator: bool = False  # that is who has it
 
 
 @dataclass(slots=True)

@@ -64,10 +64,9 @@ def main(
         return
     cli.keep_memory()
     raw = cli.tables(file)
-    shared = {"keys": raw["state"]["keys"]} if raw.get("state", {}).get("keys") else {}
-    ps = config.build(
-        PsConfig, {**shared, **raw.get("ps", {}), **cli.given(values, PsConfig)}, "ps"
-    )
+    own = dict(raw.get("ps", {}))
+    own["keys"] = own.get("keys") or raw.get("state", {}).get("keys", "")
+    ps = config.build(PsConfig, {**own, **cli.given(values, PsConfig)}, "ps")
     server = ParameterServer(
         cli.state_endpoint(connect, raw),
         ps,

@@ -2,8 +2,8 @@
 
 A subscriber says what has arrived (`have`), and no more than a window is handed to its connection before. The rest
 waits here, as references to the model that is kept anyway. When a newer version is complete, that takes the place of
-an older one for whoever makes no progress: a subscriber that has stopped keeps the window's worth of old chunks alive,
-and nothing else. (One that is only slow gets the version to its end: else it might never have a whole one.)
+older ones: a subscriber that has stopped keeps the window's worth of old chunks alive, and nothing else. One that is
+only slow gets the version that it is being sent to its end, else it might never have a whole one, and then the newest.
 """
 
 from __future__ import annotations
@@ -97,16 +97,18 @@ class Delivery:
         self._lines[worker] = _Line(now, patience=2 * line.patience)
         return False
 
-    def completed(self, version: int, chunks: Callable[[], list[Published]], now: float) -> None:
-        """A version is complete: who waits for parts of an older one, and is stuck, gets this instead."""
-        for line in self._lines.values():
-            if (
-                line.waiting
-                and line.waiting[0].version < version
-                and now - line.progress_at > STUCK_S * line.patience
-            ):
-                line.patience *= 2
-                line.waiting = deque(chunks())
+    def completed(self, version: int, chunks: Callable[[str], list[Published]], now: float) -> None:
+        """A version is complete, `chunks(worker)`: of older ones only that is sent which is being sent already, and not
+        even that to a subscriber that is stuck. So at most two versions wait for anybody."""
+        for worker, line in self._lines.items():
+            first = line.waiting[0].version if line.waiting else version
+            if first >= version:
+                continue
+            if now - line.progress_at > STUCK_S:
+                line.waiting = deque(chunks(worker))
+            elif first < version - 1:
+                begun = [event for event in line.waiting if event.version == first]
+                line.waiting = deque([*begun, *chunks(worker)])
 
     def _line(self, worker: str, now: float) -> _Line:
         if worker not in self._lines:

@@ -91,6 +91,9 @@ log = logging.getLogger("esync.ps")
 INITIAL_PATIENCE_S = 5.0
 """How long the worker of rank 0 has for the initial model before somebody else is asked for it."""
 RECV_BURST = 32
+UPSTREAM_BURST = 128
+EVALUATOR = "e/"
+"""What the names of evaluators begin with among subscribers, and their topics."""
 DIVERGED = "the update holds NaN or infinity: the training diverged. Lower the learning rate, or look at the data"
 
 
@@ -162,10 +165,8 @@ class TensorThread(threading.Thread):
         self._pull, self._xpub = pull, xpub
         self._backend, self._config = backend, config
         self._tell = tell
-        self._subscribers: dict[str, bytes] = {}  # id -> its own topic, in order of arrival
-        self._subscriptions: Counter[str] = (
-            Counter()
-        )  # id -> to that topic, by how many connections
+        # id -> by how many connections, in order of arrival; evaluators under e/ID
+        self._subscribers: Counter[str] = Counter()
         self._delivery = Delivery()
         self._copies: weakref.WeakValueDictionary[tuple[int, int], Vector] = (
             weakref.WeakValueDictionary()
@@ -238,7 +239,10 @@ class TensorThread(threading.Thread):
                 self._set_layout(whole)
             elif self.whole is not None and whole.digest != self.whole.digest:
                 raise ModelError(f"the run's model has changed: {whole.difference(self.whole)}")
+        gone = self._members - message.workers.keys()
         self._members = frozenset(message.workers)
+        for worker in gone - self._subscribers.keys():
+            self._delivery.forget(worker)
         if self.aggregation is not None:
             self._emit(self.aggregation.set_members(message.workers))
             for worker in self._arrival.keys() - message.workers.keys():
@@ -308,8 +312,8 @@ class TensorThread(threading.Thread):
         )
 
     def _upstream(self) -> None:
-        """What comes from the subscribers: subscriptions, and what they have received."""
-        while True:
+        """Some of what comes from the subscribers: subscriptions, and what they have received."""
+        for _ in range(UPSTREAM_BURST):
             try:
                 event: bytes = self._xpub.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -319,10 +323,9 @@ class TensorThread(threading.Thread):
                 continue
             here, topic = event[:1] == b"\x01", event[1:]
             if topic.startswith((b"w/", b"e/")) and topic.endswith(b"/"):
-                worker = topic[2:-1].decode("utf-8", "replace")
+                worker = topic[:-1].decode("utf-8", "replace").removeprefix("w/")
                 if here:
-                    self._subscriptions[worker] += 1
-                    self._subscribers[worker] = topic
+                    self._subscribers[worker] += 1
                     self._delivery.forget(worker)
                     self._greet(worker)
                 else:
@@ -330,10 +333,9 @@ class TensorThread(threading.Thread):
 
     def _unsubscribed(self, worker: str) -> None:
         """A connection is gone. A member may be back by another one already, and is sent what it needs anyway."""
-        self._subscriptions[worker] -= 1
-        if self._subscriptions[worker] <= 0:
-            del self._subscriptions[worker]
-            self._subscribers.pop(worker, None)
+        self._subscribers[worker] -= 1
+        if self._subscribers[worker] <= 0:
+            del self._subscribers[worker]
             if worker in self._members:
                 self._tell(Lost("", worker))
             else:
@@ -348,7 +350,7 @@ class TensorThread(threading.Thread):
         except MessageError as error:
             self.counters[error.code] += 1
             return
-        worker, now = message.worker, time.monotonic()
+        worker, now = _subscriber(message), time.monotonic()
         self._delivery.have(worker, message.version, message.chunk, now)
         self._deliver(worker, now)
         if message.whole:
@@ -365,7 +367,7 @@ class TensorThread(threading.Thread):
 
     def _receivers(self) -> list[str]:
         """Whom a new version is sent."""
-        workers = [w for w, topic in self._subscribers.items() if topic.startswith(b"w/")]
+        workers = [w for w in self._subscribers if not w.startswith(EVALUATOR)]
         return workers + [w for w in self._members if w not in self._subscribers]
 
     def _ask_for_initial_model(self) -> None:
@@ -547,7 +549,7 @@ class TensorThread(threading.Thread):
 
     def _fetch(self, message: Fetch) -> None:
         assert self.aggregation is not None
-        aggregation, worker = self.aggregation, message.worker
+        aggregation, worker = self.aggregation, _subscriber(message)
         if aggregation.version < 0:
             return  # there is nothing yet, and who brings it has been asked
         wanted = aggregation.missing(worker, message.pushed) if message.pushed >= 0 else []
@@ -558,7 +560,8 @@ class TensorThread(threading.Thread):
                 return
             chunks = None
             if message.version == aggregation.version and message.missing:
-                chunks = [i for i in message.missing if type(i) is int]
+                count = len(aggregation.chunks)
+                chunks = sorted({i for i in message.missing if type(i) is int and 0 <= i < count})
             self._send_model(worker, chunks)
         elif wanted:
             quiet = time.monotonic() - self._arrival.get(worker, 0.0)
@@ -620,27 +623,35 @@ class TensorThread(threading.Thread):
     def _send_model(self, worker: str, chunks: list[int] | None = None) -> None:
         """The latest complete version, and what is final already of the next."""
         assert self.aggregation is not None
-        evaluator = self._subscribers.get(worker, b"").startswith(b"e/")
-        model = self.aggregation.averaged() if evaluator else self.aggregation.chunks
+        model = self._model_for(worker)
         self.aggregation.sent_to(worker)
         self._delivery.withdraw(worker)
         for i in range(len(model)) if chunks is None else chunks:
-            if 0 <= i < len(model):
-                self._send_chunk(worker, Published(self.aggregation.version, i, model[i]))
-        if chunks is None and not evaluator:
+            self._send_chunk(worker, Published(self.aggregation.version, i, model[i]))
+        if chunks is None and not worker.startswith(EVALUATOR):
             for event in self.aggregation.in_progress():
                 self._send_chunk(worker, event)
 
-    def _data_events(self) -> list[Published]:
-        """The latest complete version, to be sent as data."""
+    def _model_for(self, worker: str) -> list[Any]:
+        """The chunks of the latest complete version; for an evaluator those that are evaluated."""
         assert self.aggregation is not None
-        version, chunks = self.aggregation.version, self.aggregation.chunks
+        evaluator = worker.startswith(EVALUATOR)
+        return self.aggregation.averaged() if evaluator else self.aggregation.chunks
+
+    def _data_events(self, worker: str) -> list[Published]:
+        """The latest complete version, to be sent to a worker as data."""
+        assert self.aggregation is not None
+        version, chunks = self.aggregation.version, self._model_for(worker)
         return [self._lasting(Published(version, i, data)) for i, data in enumerate(chunks)]
 
     def _lasting(self, event: Published) -> Published:
         """The event with data that stays as it is until it has been sent."""
         if not self._in_place or event.encoded is not None:
             return event  # a published array is never written to again
+        assert self._region is not None
+        slot = event.version % MODEL_SLOTS
+        if not np.shares_memory(event.data, self._region.whole(slot)):
+            return event  # an average of versions
         copy = self._copies.get((event.version, event.chunk))
         if copy is None:
             copy = self._copies[event.version, event.chunk] = event.data.copy()
@@ -706,7 +717,7 @@ class TensorThread(threading.Thread):
         )
 
     def _topic_of(self, worker: str) -> bytes:
-        return self._subscribers.get(worker) or topic_of(worker)
+        return f"{worker}/".encode() if worker.startswith(EVALUATOR) else topic_of(worker)
 
     @property
     def shards(self) -> int:
@@ -738,8 +749,13 @@ class TensorThread(threading.Thread):
         return True
 
 
+def _subscriber(message: Fetch | Have) -> str:
+    """Under which name its sender is sent models."""
+    return f"{EVALUATOR}{message.worker}" if message.evaluator else message.worker
+
+
 def topic_of(worker: str) -> bytes:
-    """The topic that only this worker subscribes to; an evaluator's begins with `e/`."""
+    """The topic that only this worker subscribes to."""
     return f"w/{worker}/".encode()
 
 

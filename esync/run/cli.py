@@ -212,7 +212,6 @@ class _Run:
         while time.monotonic() < deadline and any(role.status is None for role in self.roles):
             time.sleep(0.05)
         self._check()
-        checkpoint.join(self.directory)  # several parameter servers have written a part each
 
     def _print_plainly(self) -> None:
         status, waiting_for = self._seen()
@@ -300,7 +299,11 @@ class _Run:
             self._socket.close(0)
 
     def sum_up(self) -> None:
-        """Print the summary."""
+        """Print the summary; and make one model of the parts that several parameter servers have written."""
+        try:
+            checkpoint.join(self.directory)
+        except EsyncError as error:
+            self.console.print(f"no {checkpoint.MODEL}: {error}", highlight=False)
         path = self.directory / "summary.json"
         if not path.exists():
             return

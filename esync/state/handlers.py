@@ -118,6 +118,7 @@ class Handlers:
         self.started: float | None = None
         self.stopped: str | None = None
         self.servers: dict[str, Server] = {}
+        self._told: dict[int, dict[str, Any]] = {}  # shard -> the endpoints that workers know
         self.layout: Layout | None = None
         self._send = send
         self._clock = clock
@@ -230,7 +231,8 @@ class Handlers:
         self.servers[message.worker] = server
         self._send(peer, self._welcome(shard))
         self._announce_members()
-        if known is not None and known.endpoints != endpoints:
+        told, self._told[shard] = self._told.get(shard, endpoints), endpoints
+        if told != endpoints and self._served():
             for record in self.table.records.values():  # it listens elsewhere now
                 self._send(record.worker.encode(), self._welcome(record.rank))
         self._welcome_waiting()
@@ -543,6 +545,8 @@ class Handlers:
         """A parameter server has published its shard of a version. The last one to do so makes it whole."""
         servers = self.servers.values()
         before, server.version = server.version, max(server.version, version)
+        if 0 < self.config.rounds <= version and not algorithm(self.config.mode).barrier:
+            self._ends_with(server)
         version = min(other.version for other in servers)
         if not self._served() or version < server.version or server.version == before:
             return
@@ -569,6 +573,12 @@ class Handlers:
                 self._release(now)
             if self.config.slowest_first and urgent(self.table) != self._first:
                 self._announce_members()
+
+    def _ends_with(self, server: Server) -> None:
+        """One of several parameter servers has counted all updates that it takes: without a barrier the others may
+        never have as many, if a worker died between two of them."""
+        if self.config.ps > 1 and self.stopped is None:
+            self.stop(f"{server.version} rounds")
 
     def _roll_back(self, server: Server, version: int) -> None:
         """A parameter server goes on from an older version: the rounds since then are done again."""

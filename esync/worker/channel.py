@@ -37,6 +37,8 @@ from esync.worker.assembly import Assembly
 log = logging.getLogger("esync.worker")
 RETRY_S = 1.0
 """After so long without progress what was asked for is asked for again."""
+HAVE_S = 0.5
+"""On a slow link what has arrived is said so often."""
 RECV_BURST = 64
 
 
@@ -107,7 +109,9 @@ class Channel:
         self._offered_at: float | None = None  # until there is an answer
         self._received = 0  # bytes since we said what has arrived, and chunks
         self._chunks_received = 0
-        self._topic = f"{'e' if role == 'evaluator' else 'w'}/{worker}/".encode()
+        self._evaluator = role == "evaluator"
+        self._topic = f"{'e' if self._evaluator else 'w'}/{worker}/".encode()
+        self._said_at = 0.0  # what we have
         self._context, self._keys = context, keys
         self._endpoints = endpoints
         self._open()
@@ -194,7 +198,7 @@ class Channel:
     def fetch(self, awaited: int, pushed: int) -> None:
         """Ask for a version newer than the `awaited` one; `pushed` is the round of the update whose effect that is."""
         version, missing = self.assembly.missing()
-        self.post(Fetch(self._worker, awaited, pushed, version, missing))
+        self.post(Fetch(self._worker, awaited, pushed, version, missing, self._evaluator))
 
     def on_time(self, now: float) -> None:
         """Time has passed."""
@@ -256,10 +260,16 @@ class Channel:
         try:
             complete = self.assembly.add(header, payload)  # no lock: only this thread adds
         finally:
-            many = self._chunks_received >= transport.HAVE_CHUNKS
-            if complete or many or self._received >= transport.HAVE_BYTES:
+            many = (
+                self._chunks_received >= transport.HAVE_CHUNKS
+                or self._received >= transport.HAVE_BYTES
+                or self.progress_at - self._said_at >= HAVE_S
+            )
+            if complete or many:
                 self._received = self._chunks_received = 0
-                have = Have(self._worker, header.version, header.chunk, complete)
+                self._said_at = self.progress_at
+                version, chunk = header.version, header.chunk
+                have = Have(self._worker, version, chunk, complete, self._evaluator)
                 frame = self._envelope.pack_alone(messages.encode(have), TO_SERVER)
                 self.sub.send(frame, zmq.NOBLOCK)
         if complete:

@@ -12,6 +12,7 @@ from esync import cli, config
 from esync.config import WorkerConfig
 from esync.errors import ConfigError
 from esync.journal import Journal
+from esync.keys import SERVER, load_client
 
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 100})
@@ -54,7 +55,10 @@ def main(
     if not evaluate:
         device_for(settings.device)
     role = "evaluator" if evaluate else "worker"
-    name = settings.name or ("evaluator" if evaluate else "")
+    name = settings.name
+    if evaluate and not name:
+        own = load_client(settings.keys).name if settings.keys else SERVER
+        name = "evaluator" if own == SERVER else f"{own}-evaluator"
     with Worker(
         endpoint,
         name=name,

@@ -591,7 +591,11 @@ class Worker:
                 if shared.error is not None:
                     raise shared.error
                 now, awaited = time.monotonic(), model.awaited
-                if model.newer:
+                final = session.final
+                rest = (
+                    final is not None and model.version >= final and model.versions != model.begun
+                )
+                if model.newer or rest:
                     newer_at = newer_at or now
                     even = len(set(model.versions)) == 1 or not self._barrier()
                     if even or now - newer_at > UNEVEN_S:
