@@ -24,12 +24,15 @@ from typing import Any, TypeVar
 import zmq
 
 from esync import curve, messages
+from esync.faults import Faults
 from esync.messages import Error, Message, MessageError
 
 log = logging.getLogger("esync.messaging")
 M = TypeVar("M")
 LOCAL = b"\0local"
 """The peer of events that this process put on the queue itself."""
+INTERNAL = "internal"
+"""The code of an error that is this side's own defect."""
 DRAIN = 256
 """Messages taken off the socket before the router gets a turn."""
 # Plain integers: combining pyzmq's enumerations takes longer than sending a message.
@@ -64,6 +67,7 @@ class MessageServer:
         self.socket = socket
         self.counters: Counter[str] = Counter()
         self.unsent = 0
+        self._faults = Faults(log)
         self.on_refused: Callable[[MessageError], None] = lambda error: None
         self._routed = socket.getsockopt(zmq.TYPE) == zmq.ROUTER
         self._handlers: dict[type, Callable[[bytes, Any], None]] = {}
@@ -100,6 +104,11 @@ class MessageServer:
         if not self._routing and self._wake is not None:
             self._wake.set()
 
+    @property
+    def queued(self) -> int:
+        """Messages that have arrived and were not looked at yet; from any thread."""
+        return len(self._queue)
+
     def stop(self) -> None:
         """Let `run` return after what is queued has been handled and answered."""
         self._closing = True
@@ -120,6 +129,7 @@ class MessageServer:
         finally:
             self._loop.remove_reader(descriptor)
             self._closing = True
+            self._faults.close()
 
     def _receive(self) -> None:
         """Receiver: drain the socket into the queue.
@@ -181,17 +191,18 @@ class MessageServer:
             handler(peer, message)
         except MessageError as error:
             self.refuse(peer, error)
-        except Exception:
+        except Exception as error:
             # A handler's defect must cost its sender an answer and nobody else anything.
-            log.exception("handling %.200r from %r failed", frame, peer)
+            reason, text = f"failed with {type(error).__name__}", f"handling {frame!r:.200} failed"
+            self._faults.say(_name_of(peer), reason, text, level=logging.ERROR, exc_info=True)
             if peer is not LOCAL:
-                self.refuse(peer, MessageError("internal", "the server failed to handle it"))
+                self.refuse(peer, MessageError(INTERNAL, "the server failed to handle it"))
 
     def refuse(self, peer: bytes, error: MessageError) -> None:
         """Answer with an error and count it; a DEALER's one peer is never answered, to avoid echoes."""
         self.counters[error.code] += 1
-        if self.counters[error.code] <= 5:
-            log.warning("refused a message from %r: %s: %s", peer, error.code, error.text)
+        if error.code != INTERNAL:  # that has been said, with where it happened
+            self._faults.say(_name_of(peer), error.code, f"refused: {error.code}: {error.text}")
         if self._routed:
             self.send(peer, Error(error.code, error.text[: messages.MAX_TEXT]))
         else:
@@ -209,3 +220,10 @@ class MessageServer:
             except zmq.ZMQError as error:
                 self.unsent += 1
                 log.debug("no answer to %r: %s", peer, error)
+
+
+def _name_of(peer: bytes) -> bytes | str:
+    """Whose fault it is, for the log: a worker's name, or who else this is."""
+    if peer is LOCAL:
+        return "this process"
+    return peer or "the server"  # a DEALER's one peer

@@ -16,6 +16,7 @@ import zmq
 
 from esync import messages, transport
 from esync.compression import Compressor, Payload
+from esync.faults import Faults
 from esync.keys import ClientKeys
 from esync.messages import (
     NO_SHARED_MEMORY,
@@ -107,6 +108,7 @@ class Channel:
         self._outgoing: deque[list[Any]] = deque()
         self._offered_to = ""  # the incarnation of the server
         self._offered_at: float | None = None  # until there is an answer
+        self._faults = Faults(log)
         self._received = 0  # bytes since we said what has arrived, and chunks
         self._chunks_received = 0
         self._evaluator = role == "evaluator"
@@ -142,6 +144,7 @@ class Channel:
     def close(self) -> None:
         self._push.close()
         self.sub.close()
+        self._faults.close()
 
     # To the server
 
@@ -217,9 +220,8 @@ class Channel:
             try:
                 self._on_data(frames)
             except MessageError as error:
-                log.warning(
-                    "a parameter server sent something unusable: %s: %s", error.code, error.text
-                )
+                text = f"parameter server {self.shard} sent something unusable: {error.code}: {error.text}"
+                self._faults.say(self._worker, error.code, text)
                 if error.code == "version-mismatch":
                     self._on_error(Error(error.code, error.text))
 
@@ -243,7 +245,7 @@ class Channel:
         elif isinstance(message, Offer):
             self._on_offer(message)
         elif isinstance(message, Error) and message.code == NO_SHARED_MEMORY:
-            log.info("the exchange goes over sockets: %s", message.text)
+            self._over_sockets(message.text)
             again = self.puts  # it had been mapped: offer it once more, with the next model
             self._share(None)
             if again:
@@ -303,8 +305,12 @@ class Channel:
                 self._share(Region.open(self.assembly.layout, MODEL_SLOTS, offer))
             self.puts = True
         except SharedMemoryError as error:
-            log.info("the exchange goes over sockets: %s", error)
+            self._over_sockets(str(error))
             self.post(Offer(self._worker, "", 0, -1, "", offer.incarnation))
+
+    def _over_sockets(self, why: str) -> None:
+        text = f"the exchange with parameter server {self.shard} goes over sockets: {why}"
+        self._faults.say(self._worker, NO_SHARED_MEMORY, text, level=logging.INFO)
 
     def _share(self, region: Region | None) -> None:
         """Have models in this memory of the parameter server from now on; None: over the socket, and updates too."""

@@ -18,6 +18,7 @@ import zmq
 from esync import messages, transport
 from esync.compression import Compressor
 from esync.errors import EsyncError, ProtocolError, TransportError
+from esync.faults import Faults
 from esync.keys import ClientKeys
 from esync.mailbox import Mailbox
 from esync.messages import (
@@ -107,6 +108,7 @@ class Link(threading.Thread):
         self._poller = zmq.Poller()
         self._lost_at: float | None = None
         self._last_said = ""
+        self._faults = Faults(log)
         self._answered = False
         self._began = 0.0
         self._joined_at = 0.0
@@ -123,6 +125,7 @@ class Link(threading.Thread):
             for channel in self._channels:
                 channel.close()
             self.inbox.close()
+            self._faults.close()
 
     def _serve(self) -> None:
         poller = self._poller
@@ -170,8 +173,10 @@ class Link(threading.Thread):
     def _send(self, message: Message) -> None:
         try:
             self._control.send(messages.encode(message), zmq.NOBLOCK)
+            self._faults.over(self._join.worker, "dropped")
         except zmq.Again:
-            log.warning("the state server takes no messages: a %s was dropped", message.TYPE)
+            text = f"the state server takes no messages: a {message.TYPE} was dropped"
+            self._faults.say(self._join.worker, "dropped", text)
 
     def _send_join(self) -> None:
         self._joined_at = time.monotonic()
@@ -212,7 +217,8 @@ class Link(threading.Thread):
                 self._memory = Region.create(model.layout, UPDATE_SLOTS)
             except SharedMemoryError as error:
                 self._no_memory = True
-                log.info("the exchange goes over sockets: %s", error)
+                name = self._join.worker
+                log.info("%s: the exchange goes over sockets: %s", name, error)
         return self._memory
 
     # From the servers
@@ -226,7 +232,8 @@ class Link(threading.Thread):
             try:
                 self._on_control(frame)
             except MessageError as error:
-                log.warning("the state server sent something unusable: %s", error.text)
+                text = f"the state server sent something unusable: {error.text}"
+                self._faults.say(self._join.worker, error.code, text)
                 if error.code == "version-mismatch":
                     self._fail(ProtocolError(error.code, error.text))
 
@@ -258,6 +265,7 @@ class Link(threading.Thread):
             shared.changed.notify_all()
         self._last_said = ""
         self._join.rank = message.rank  # also if the state server does not know us any more
+        self._faults.over(self._join.worker, "unknown-worker")
         if self._join.layout is not None and not self._channels:
             self._connect(message)
         else:
@@ -303,7 +311,8 @@ class Link(threading.Thread):
 
     def _on_error(self, message: Error) -> None:
         if message.code == "unknown-worker":
-            log.info("the state server does not know us (any more): joining again")
+            text = "the state server does not know us (any more): joining again"
+            self._faults.say(self._join.worker, message.code, text)
             if time.monotonic() - self._joined_at > RETRY_S:
                 self._send_join()
             return
