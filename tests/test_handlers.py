@@ -1179,3 +1179,14 @@ def test_an_evaluator_that_was_still_loading_when_the_run_ended_may_evaluate_the
     server.gets(Leave("ps", "done"))
     assert server.finished == 1
     assert server.handlers.summary()["final_accuracy"] == 0.9
+
+
+def test_who_watches_is_told_that_the_run_ends():
+    server = Server(workers=1)
+    server.ps()
+    server.member("a")
+    for peer in ("gone", "there"):
+        assert [to for to, _ in server.gets(Status(), peer=peer)] == [peer]
+        server.now += 2.5
+    told = {to: m.table["stopped"] for to, m in server.gets(StopRun("enough")) if type(m) is Status}
+    assert told == {"there": "enough"}

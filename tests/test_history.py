@@ -55,6 +55,24 @@ def test_the_time_to_an_accuracy_is_that_of_the_first_version_that_had_it():
     assert [history.time_to(x) for x in (0.05, 0.7, 0.8, 0.85, 0.95)] == [0.0, 1.0, 3.0, 4.0, None]
 
 
+def test_a_worker_that_was_taken_for_gone_and_goes_on_counting_is_counted_once():
+    history = History()
+    for life, totals in (
+        ("x", {"steps": 100}),
+        ("x", {}),  # it went again before it had reported anything
+        ("x", {"steps": 130}),
+        ("y", {"steps": 5}),
+        ("", {"steps": 3}),
+        ("", {"steps": 2}),
+    ):
+        stay = record(**totals)
+        stay.life = life
+        history.joined(stay, 0.0)
+    assert history.total("steps") == 130 + 5 + 3 + 2
+    rows = history.summary(RunConfig(), 1.0, "")["workers"]
+    assert [row["steps"] for row in rows] == [100, 0, 30, 5, 3, 2]
+
+
 def test_the_computing_time_ratio_is_computing_by_computing_asking_and_synchronising():
     totals = {"compute_s": 3.0, "query_s": 1.0, "sync_s": 2.0, "eval_s": 100.0}
     assert compute_ratio(totals) == pytest.approx(0.5)

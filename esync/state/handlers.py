@@ -16,6 +16,7 @@ from esync import messages, transport
 from esync.algorithms import algorithm
 from esync.config import RunConfig
 from esync.errors import ModelError, TransportError
+from esync.faults import Faults
 from esync.journal import Journal
 from esync.messages import (
     Error,
@@ -34,7 +35,14 @@ from esync.messages import (
 )
 from esync.state.database import Record
 from esync.state.deadline import deadline_s
-from esync.state.history import TOTALS, History, compute_ratio
+from esync.state.history import (
+    EVICTED,
+    REPLACED,
+    SPEECHLESS,
+    TOTALS,
+    History,
+    compute_ratio,
+)
 from esync.state.policy import STOP, SYNC, TRAIN, Policy, policy_for, urgent
 from esync.tensors import Layout
 from esync.version import VERSION
@@ -50,6 +58,8 @@ PROGRESS_S = 10.0
 """Seconds between two lines of progress."""
 SUSPICION = 1.5
 """Heartbeats that have to be missing for a worker whose connection is gone to be taken for dead."""
+WATCHING_S = 2.0
+"""Who asked for the table within so long is told that the run ends."""
 SERVER_SILENCE_S = 5.0
 """A parameter server reports every second; it is not missed sooner than after so long."""
 
@@ -136,6 +146,8 @@ class Handlers:
         self._round_at = 0.0  # when the version that is trained from was published
         self._stopped_at = 0.0
         self._last_waiting = ""
+        self._faults = Faults(log)
+        self._watching: dict[bytes, float] = {}  # who asked for the table, and when
         self._ended = False
         self._progress_said_at = 0.0
 
@@ -189,7 +201,8 @@ class Handlers:
                 "bad-role", f"a role is worker, evaluator or ps, not {message.role!r}"
             )
         if message.version != VERSION:
-            log.warning("%s runs esync %s, here %s", message.worker, message.version, VERSION)
+            text = f"runs esync {message.version}, here {VERSION}"
+            self._faults.say(message.worker, "version", text)
         if self.stopped is not None and message.worker not in self.table.records:
             raise MessageError("run-over", f"the run is over ({self.stopped})")
         if message.role == "ps":
@@ -293,7 +306,7 @@ class Handlers:
                     f"a worker named {message.worker!r} was heard {silent_s:.1f} s ago; choose another --name, "
                     "or, if that one was killed, try again in a few seconds",
                 )
-            self._remove(message.worker, "came back as a new process")
+            self._remove(message.worker, REPLACED)
             record = None  # nobody waits for it while it loads
         if record is not None:
             record.heard = now
@@ -678,13 +691,13 @@ class Handlers:
             if (
                 now - record.heard > self.config.heartbeat_s - TICK_S
             ):  # the next look would be too late
-                self._remove(record.worker, f"evicted: silent for {self.config.heartbeat_s:g} s")
+                self._remove(record.worker, f"{EVICTED}: silent for {self.config.heartbeat_s:g} s")
             elif record.suspected is not None:
                 record.suspected += event.late_s
                 if record.heard > record.suspected:
                     record.suspected = None
                 elif now - record.suspected > SUSPICION * transport.beat_s(self.config.heartbeat_s):
-                    self._remove(record.worker, "evicted: its connection is gone")
+                    self._remove(record.worker, f"{EVICTED}: its connection is gone")
         for server in list(self.servers.values()):
             silent_s = now - server.heard
             if silent_s > max(self.config.heartbeat_s, SERVER_SILENCE_S):
@@ -703,7 +716,7 @@ class Handlers:
                 # An evaluator may evaluate the last version for as long as it is heard of.
                 if record.role != "evaluator" or now - self._stopped_at > EVALUATION_S:
                     log.warning("%s never said goodbye", record.worker)
-                    self._remove(record.worker, "never said goodbye")
+                    self._remove(record.worker, SPEECHLESS)
         self._end_when_alone()
 
     def _say_waiting(self) -> None:
@@ -763,6 +776,8 @@ class Handlers:
             self._send(record.worker.encode(), Response(self.history.version, record.step, STOP))
         for worker in self._waiting:
             self._send(worker.encode(), Error("run-over", f"the run is over ({reason})"))
+        for peer in self._watching:  # this server may be gone before they ask again
+            self._send(peer, Status(table=self.status()))
         self._end_when_alone()
 
     def _end_when_alone(self) -> None:
@@ -803,10 +818,14 @@ class Handlers:
     # Looking
 
     def on_status(self, peer: bytes, message: Status) -> None:
+        now = self._clock()
+        recent = {p: at for p, at in self._watching.items() if now - at < WATCHING_S}
+        self._watching = {**recent, peer: now}
         self._send(peer, Status(table=self.status(), waiting_for=self.waiting_for()))
 
     def on_error(self, peer: bytes, message: Error) -> None:
-        log.warning("%r reports an error: %s: %s", peer, message.code, message.text)
+        text = f"reports an error: {message.code}: {message.text}"
+        self._faults.say(peer, message.code, text)
 
     def status(self) -> dict[str, Any]:
         """The live table, for people."""

@@ -17,14 +17,27 @@ TOTALS = ("steps", "samples", "compute_s", "query_s", "sync_s", "eval_s")
 """A worker's running totals: local steps, samples, and seconds by what they were spent on."""
 
 
+EVICTED, REPLACED, SPEECHLESS = "evicted", "came back as a new process", "never said goodbye"
+"""How the reasons begin for which the state server itself removes a worker."""
+
+
 @dataclass(slots=True)
 class Passage:
-    """One worker's time in the run, from joining to leaving."""
+    """One worker's time in the run, from joining to leaving.
+
+    `before` are the totals that it came with: a worker that was evicted and joins again goes on counting.
+    """
 
     record: Record
     joined_s: float
     left_s: float | None = None
     reason: str = ""
+    before: dict[str, Any] = field(default_factory=dict)
+
+    def total(self, key: str) -> float:
+        """What of one of its totals belongs to this stay."""
+        count: float = self.record.totals.get(key, 0) - self.before.get(key, 0)
+        return max(count, 0)  # nothing has been reported yet
 
 
 @dataclass(slots=True)
@@ -41,7 +54,12 @@ class History:
 
     def joined(self, record: Record, t: float) -> None:
         """A worker was registered."""
-        self.passages.append(Passage(record, t))
+        same = (record.worker, record.life) if record.life else None
+        before: dict[str, Any] = {}
+        for stay in self.passages:
+            if (stay.record.worker, stay.record.life) == same:
+                before |= stay.record.totals
+        self.passages.append(Passage(record, t, before=before))
 
     def left(self, record: Record, t: float, reason: str) -> None:
         """A worker went, or was evicted."""
@@ -89,8 +107,8 @@ class History:
 
     def total(self, key: str) -> float:
         """The sum of one of the workers' totals, over everybody who ever took part."""
-        rows = [p.record for p in self.passages if p.record.role == "worker"]
-        return float(sum(record.totals.get(key, 0) for record in rows))
+        stays = [p for p in list(self.passages) if p.record.role == "worker"]
+        return float(sum(stay.total(key) for stay in stays))
 
     def time_to(self, threshold: float) -> float | None:
         """Seconds from the start until a published model had this test accuracy."""
@@ -129,6 +147,20 @@ class History:
         }
 
 
+def reason_class(reason: str) -> str:
+    """Why a worker left, as one of few words."""
+    for beginning, word in (
+        (EVICTED, "evicted"),
+        (REPLACED, "replaced"),
+        (SPEECHLESS, "no-goodbye"),
+        ("done", "done"),
+        ("interrupted", "interrupted"),
+    ):
+        if reason.startswith(beginning):
+            return word
+    return "other"
+
+
 def compute_ratio(totals: dict[str, Any]) -> float:
     """Share of a worker's time spent computing, evaluation left out."""
     busy = totals.get("compute_s", 0.0)
@@ -138,7 +170,7 @@ def compute_ratio(totals: dict[str, Any]) -> float:
 
 def _worker_row(passage: Passage) -> dict[str, Any]:
     record = passage.record
-    totals = {key: record.totals.get(key, 0) for key in TOTALS}
+    totals = {key: passage.total(key) for key in TOTALS}
     return {
         "rank": record.rank,
         "name": record.worker,
