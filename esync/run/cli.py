@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shlex
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,20 @@ from typing import Any
 import click
 import zmq
 from rich.console import Console
-from rich.live import Live
 
 from esync import cli, config, messages, transport
 from esync.algorithms import algorithm
 from esync.config import ClusterConfig, RunConfig
-from esync.errors import ConfigError, EsyncError
-from esync.keys import load_client
-from esync.messages import Leave, Status
+from esync.errors import ConfigError, EsyncError, ProtocolError
+from esync.keys import ClientKeys, load_client
+from esync.messages import Leave
 from esync.ps import checkpoint
 from esync.report.compare import comparison, read_summary
 from esync.run import launcher, view
 from esync.run.launcher import Role
+from esync.status.inquiry import Inquiry
 
 REFRESH_S = 0.25
-PLAIN_EVERY_S = 5.0
 MOST_DEATHS, DEATHS_S = 5, 60.0
 """So many deaths of servers in so many seconds are no accident."""
 
@@ -159,9 +159,7 @@ class _Run:
         self.endpoint = self._bound = ""
         self.lost: list[str] = []
         self._deaths: list[float] = []
-        self._status: dict[str, Any] | None = None
-        self._waiting_for = ""
-        self._socket: zmq.Socket[bytes] | None = None
+        self._inquiry: Inquiry | None = None
 
     def go(self, *, live: bool) -> None:
         """Start everything and watch until it has ended.
@@ -186,55 +184,24 @@ class _Run:
         self.console.print(
             f"{len(self.roles)} processes started; logs and results in {self.directory}"
         )
-        self._socket = self._dealer(f"run-{os.getpid()}")
-        if live:
-            with Live(console=self.console, refresh_per_second=8, transient=True) as shown:
-                self._watch(lambda: shown.update(view.live_table(*self._seen())))
-        else:
-            self._watch(self._print_plainly)
+        self._inquiry = Inquiry(self.endpoint, "run", self._keys())
+        with view.shown(self.console, live=live) as show:
+            self._watch(self._inquiry, show)
 
     def _roles(self, endpoint: str) -> list[Role]:
         return launcher.roles_of(self.cluster, self.directory, endpoint, resume=self.resume)
 
-    def _seen(self) -> tuple[dict[str, Any], str]:
-        assert self._status is not None
-        return self._status, self._waiting_for
-
-    def _watch(self, show: Any) -> None:
-        self._plain_at = 0.0
-        self._plain = ""
+    def _watch(self, inquiry: Inquiry, show: Callable[[dict[str, Any], str], None]) -> None:
         while self.roles[0].status != 0:  # the state server ends the run
             self._check()
-            if self._ask() and self._status is not None:
-                show()
+            with contextlib.suppress(ProtocolError):  # a table that cannot be had ends no run
+                if inquiry.ask():
+                    show(inquiry.table, inquiry.waiting_for)
             time.sleep(REFRESH_S)
         deadline = time.monotonic() + launcher.STOP_S
         while time.monotonic() < deadline and any(role.status is None for role in self.roles):
             time.sleep(0.05)
         self._check()
-
-    def _print_plainly(self) -> None:
-        status, waiting_for = self._seen()
-        line = view.plain_line(status, waiting_for)
-        due = time.monotonic() - self._plain_at > PLAIN_EVERY_S
-        if line != self._plain and (due or waiting_for):
-            self._plain, self._plain_at = line, time.monotonic()
-            self.console.print(line, highlight=False, soft_wrap=True)
-
-    def _ask(self) -> bool:
-        """Fetch the state server's table; False if it did not answer."""
-        assert self._socket is not None
-        try:
-            self._socket.send(messages.encode(Status()), zmq.NOBLOCK)
-        except zmq.Again:  # a state server that hangs takes no more questions
-            return False
-        answered = False
-        while self._socket.poll(0 if answered else 500):
-            message = messages.decode(self._socket.recv())
-            if isinstance(message, Status) and message.table:
-                self._status, self._waiting_for = message.table, message.waiting_for
-                answered = True
-        return answered
 
     def _check(self) -> None:
         """See whether a role died."""
@@ -269,14 +236,14 @@ class _Run:
         role.start()
         return True
 
-    def _dealer(self, name: str) -> zmq.Socket[bytes]:
+    def _keys(self) -> ClientKeys | None:
         keys = self.cluster.state.keys
-        own = load_client(keys) if keys else None
-        return transport.dealer(zmq.Context.instance(), name, self.endpoint, own)
+        return load_client(keys) if keys else None
 
     def _report_loss(self, role: Role) -> None:
         """Tell the state server in the dead role's name, so that nobody waits for its heartbeats."""
-        with self._dealer(role.name) as socket:
+        context: zmq.Context[Any] = zmq.Context.instance()
+        with transport.dealer(context, role.name, self.endpoint, self._keys()) as socket:
             socket.send(messages.encode(Leave(role.name, role.why().splitlines()[0])))
 
     def end(self) -> None:
@@ -295,8 +262,8 @@ class _Run:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # takes STOP_S at most
         launcher.stop(self.roles)
-        if self._socket is not None:
-            self._socket.close(0)
+        if self._inquiry is not None:
+            self._inquiry.close()
 
     def sum_up(self) -> None:
         """Print the summary; and make one model of the parts that several parameter servers have written."""

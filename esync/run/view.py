@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +26,8 @@ PHASES = {
     "leaving": "leaving",
 }
 """A worker's phase -> the word for it."""
+PLAIN_EVERY_S = 5.0
+"""Seconds between two plain lines, unless somebody is waited for."""
 
 
 def duration(seconds: float) -> str:
@@ -104,3 +110,28 @@ def plain_line(status: dict[str, Any], waiting_for: str) -> str:
     if waiting_for:
         return f"waiting for {waiting_for}"
     return f"{headline(status)}  {status['steps']:.0f} steps"
+
+
+@contextmanager
+def shown(console: Console, *, live: bool) -> Iterator[Callable[[dict[str, Any], str], None]]:
+    """A function that shows a status: in a table that stays where it is, or in plain lines."""
+    if live:
+        with Live(console=console, refresh_per_second=8, transient=True) as screen:
+            yield lambda status, waiting_for: screen.update(live_table(status, waiting_for))
+    else:
+        yield _Lines(console).show
+
+
+class _Lines:
+    """Plain lines, not more often than one can read."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._line, self._at = "", 0.0
+
+    def show(self, status: dict[str, Any], waiting_for: str) -> None:
+        line = plain_line(status, waiting_for)
+        due = time.monotonic() - self._at > PLAIN_EVERY_S
+        if line != self._line and (due or waiting_for):
+            self._line, self._at = line, time.monotonic()
+            self._console.print(line, highlight=False, soft_wrap=True)
