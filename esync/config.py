@@ -296,6 +296,10 @@ class StateConfig:
         "", "Directory made by esync-keys: encrypt, and let in the keys of its list alone."
     )
     insecure: bool = _option(False, "Allow listening beyond this machine without keys.")
+    metrics_port: int = _option(
+        0, "Port for Prometheus metrics and /healthz, over plain HTTP (0: none).", low=0, high=65535
+    )
+    metrics_bind: str = _option("127.0.0.1", "Address that they are shown at.")
 
 
 @dataclass(frozen=True)
@@ -321,6 +325,10 @@ class PsConfig:
         "With keys: encrypt tensors by CURVE instead of sealing them. Slower, but strangers cannot even connect.",
     )
     insecure: bool = _option(False, "Allow listening beyond this machine without keys.")
+    metrics_port: int = _option(
+        0, "Port for Prometheus metrics and /healthz, over plain HTTP (0: none).", low=0, high=65535
+    )
+    metrics_bind: str = _option("127.0.0.1", "Address that they are shown at.")
 
 
 @dataclass(frozen=True)

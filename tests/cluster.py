@@ -56,6 +56,7 @@ class Cluster:
         kind: `inproc`, `ipc` or `tcp`.
         keys: a directory that esync-keys made.
         curve: encrypt tensors by CURVE instead of sealing them.
+        metrics: the ports of the state server's and of each parameter server's metrics.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Cluster:
         *,
         keys: Path | None = None,
         curve: bool = False,
+        metrics: Sequence[int] = (),
     ):
         self.context: zmq.Context[Any] = zmq.Context()
         number = next(_numbers)
@@ -85,13 +87,23 @@ class Cluster:
         self.keys = keys
         server_keys = load_server(keys) if keys else None
         self.state = StateServer(
-            config, bind, context=self.context, run_dir=run_dir, keys=server_keys
+            config,
+            bind,
+            context=self.context,
+            run_dir=run_dir,
+            keys=server_keys,
+            metrics_port=metrics[0] if metrics else 0,
         )
+        ports = metrics[1:] or [0] * config.ps
         self.endpoint = self.state.endpoint
         self.servers = [
             ParameterServer(
                 self.endpoint,
-                PsConfig(bind=ps_bind if kind == "tcp" else f"{ps_bind}{shard}", curve=curve),
+                PsConfig(
+                    bind=ps_bind if kind == "tcp" else f"{ps_bind}{shard}",
+                    curve=curve,
+                    metrics_port=ports[shard],
+                ),
                 keys=server_keys,
                 context=self.context,
                 run_dir=run_dir,

@@ -207,6 +207,17 @@ ERRORS = {
         ["esync.ps.cli", "--connect", "tcp://127.0.0.1:9", "--wait", "1"],
         r"no state server answered at tcp://127.0.0.1:9",
     ),
+    "no state server to ask": (
+        ["esync.status.cli", "tcp://127.0.0.1:9", "--wait", "1"],
+        r"no state server answered at tcp://127.0.0.1:9 within 1 s",
+    ),
+    "metrics at a place that is not ours": (
+        [
+            *["esync.state.cli", "--bind", "tcp://127.0.0.1:*"],
+            *["--metrics-port", "9100", "--metrics-bind", "192.0.2.1"],
+        ],
+        r"cannot show metrics at 192.0.2.1:9100: .*--metrics-port",
+    ),
     "no GPU for a worker": (
         ["esync.worker.cli", "--device", "gpu:0"],
         r"JAX finds no gpu on this machine.*use --device cpu",
@@ -256,7 +267,7 @@ def test_missing_data_is_said_by_the_worker_that_misses_it(
     assert "Traceback" not in processes.output("worker")
 
 
-@pytest.mark.parametrize("module", ["state", "ps", "worker", "run", "report"])
+@pytest.mark.parametrize("module", ["state", "ps", "worker", "run", "status", "report"])
 def test_help_is_quick_and_complete(module: str) -> None:
     status, output = command(f"esync.{module}.cli", "--help")
     assert status == 0

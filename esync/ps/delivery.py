@@ -97,6 +97,12 @@ class Delivery:
         self._lines[worker] = _Line(now, patience=2 * line.patience)
         return False
 
+    def numbers(self, now: float) -> tuple[int, int, int]:
+        """(lines without progress for long, chunks that wait in all lines, bytes on their way); from any thread."""
+        lines = list(dict(self._lines).values())
+        stuck = sum(bool(line.sent) and now - line.progress_at > STUCK_S for line in lines)
+        return stuck, sum(len(line.waiting) for line in lines), sum(line.bytes for line in lines)
+
     def completed(self, version: int, chunks: Callable[[str], list[Published]], now: float) -> None:
         """A version is complete, `chunks(worker)`: of older ones only that is sent which is being sent already, and not
         even that to a subscriber that is stuck. So at most two versions wait for anybody."""

@@ -22,19 +22,21 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zmq
+from prometheus_client.core import Metric
 
 from esync import messages, transport
 from esync.algorithms import algorithm
 from esync.compression import Decoder
 from esync.config import PsConfig, RunConfig, build
 from esync.errors import ConfigError, EsyncError, ModelError, ProtocolError, TransportError
+from esync.faults import Faults
 from esync.journal import Journal, rounded
 from esync.keys import ServerKeys, load_server
 from esync.mailbox import Mailbox
@@ -60,6 +62,8 @@ from esync.messages import (
     Welcome,
 )
 from esync.messaging import LOCAL, MessageServer
+from esync.metrics import Health, MetricsPage, showing
+from esync.ps import metrics
 from esync.ps.aggregation import (
     AGGREGATIONS,
     MODEL,
@@ -94,6 +98,8 @@ RECV_BURST = 32
 UPSTREAM_BURST = 128
 EVALUATOR = "e/"
 """What the names of evaluators begin with among subscribers, and their topics."""
+SOMEBODY = "somebody"
+"""Whose message it was that does not say so."""
 DIVERGED = "the update holds NaN or infinity: the training diverged. Lower the learning rate, or look at the data"
 
 
@@ -119,6 +125,18 @@ class Failure:
     """From the tensor thread to the control side: it cannot go on."""
 
     error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What goes up and down in the tensor thread."""
+
+    members: int  # expected at the barrier
+    subscribers: int
+    in_shared_memory: int  # workers whose updates come through it
+    stuck: int  # subscribers that take nothing for long
+    waiting_chunks: int
+    bytes_on_the_way: int
 
 
 class TensorThread(threading.Thread):
@@ -162,6 +180,8 @@ class TensorThread(threading.Thread):
         self.bytes_shared = 0  # of both, what went through shared memory
         self.wanted = 0  # chunks of updates that were asked for again; some may come twice then
         self.incarnation = secrets.token_hex(4)
+        self.alive_at = time.monotonic()  # when it last gave a sign of life
+        self._faults = Faults(log)
         self._pull, self._xpub = pull, xpub
         self._backend, self._config = backend, config
         self._tell = tell
@@ -200,12 +220,14 @@ class TensorThread(threading.Thread):
             self.inbox.close()
             if self._writer is not None:
                 self._writer.finish()
+            self._faults.close()
 
     def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self.inbox.fileno(), zmq.POLLIN)
         poller.register(self._xpub, zmq.POLLIN)
         while True:
+            self.alive_at = time.monotonic()
             ready = dict(poller.poll(50 if self._turns.waiting else 1000))
             if self.inbox.fileno() in ready:
                 for command in self.inbox.take():
@@ -349,6 +371,7 @@ class TensorThread(threading.Thread):
                 raise MessageError("unexpected-type", f"{message.TYPE} does not come upstream")
         except MessageError as error:
             self.counters[error.code] += 1
+            self._faults.say(SOMEBODY, error.code, f"refused upstream: {error.code}: {error.text}")
             return
         worker, now = _subscriber(message), time.monotonic()
         self._delivery.have(worker, message.version, message.chunk, now)
@@ -426,8 +449,10 @@ class TensorThread(threading.Thread):
                 raise MessageError("unexpected-type", f"{message.TYPE} is not for the data channel")
         except MessageError as error:
             self.counters[error.code] += 1
-            if self.counters[error.code] <= 5:
-                log.warning("refused from %s: %s: %s", worker or "?", error.code, error.text)
+            usual = error.code == NO_SHARED_MEMORY  # with everybody on another machine
+            level = logging.INFO if usual else logging.WARNING
+            text = f"refused: {error.code}: {error.text}"
+            self._faults.say(worker or SOMEBODY, error.code, text, level=level)
             if worker is not None:
                 self._send_to(worker, Error(error.code, error.text))
 
@@ -496,7 +521,8 @@ class TensorThread(threading.Thread):
                 self._share_model(Region.create(self.layout, MODEL_SLOTS))
         except SharedMemoryError as error:
             self._memories.pop(message.worker, None)
-            log.info("no shared memory with %s: %s", message.worker, error)
+            why = f"no shared memory: {error}"
+            self._faults.say(message.worker, "not mapped", why, level=logging.INFO)
             text = "the parameter server cannot map it"  # why is nothing for the network to know
             raise MessageError(NO_SHARED_MEMORY, text) from error
         region = self._region or self._memories[message.worker]  # the latter has nothing to map
@@ -578,6 +604,7 @@ class TensorThread(threading.Thread):
             elif isinstance(event, Refused):
                 self.counters[event.reason] += 1
                 if event.reason == NOT_FINITE:
+                    self._faults.say(event.worker, NOT_FINITE, f"not counted: {DIVERGED}")
                     self._send_to(event.worker, Error(NOT_FINITE, DIVERGED))
             elif isinstance(event, Doubted):
                 for worker in event.workers:
@@ -720,6 +747,23 @@ class TensorThread(threading.Thread):
         return f"{worker}/".encode() if worker.startswith(EVALUATOR) else topic_of(worker)
 
     @property
+    def version(self) -> int:
+        """Of the model; -1: there is none yet."""
+        return -1 if self.aggregation is None else self.aggregation.version
+
+    def numbers(self) -> Numbers:
+        """How things stand; from any thread."""
+        stuck, waiting, on_the_way = self._delivery.numbers(time.monotonic())
+        return Numbers(
+            members=len(self._members),
+            subscribers=len(self._subscribers),
+            in_shared_memory=len(self._memories),
+            stuck=stuck,
+            waiting_chunks=waiting,
+            bytes_on_the_way=on_the_way,
+        )
+
+    @property
     def shards(self) -> int:
         """How many parameter servers share the model."""
         return self._config.ps
@@ -812,10 +856,15 @@ class ParameterServer:
         self._resume = resume
         self._welcome: Welcome | None = None
         self._rejoins = False
+        self._allowed = keys.allowed if keys is not None else None
+        self.page: MetricsPage | None = None
         curve = keys if self.config.curve else None
         self._pull = transport.pull(self._context, curve)
         self._xpub = transport.xpub(self._context, curve)
         try:
+            if self.config.metrics_port:
+                where = self.config.metrics_bind, self.config.metrics_port
+                self.page = MetricsPage(*where, self._metrics, self._health)
             insecure = self.config.insecure or keys is not None  # what goes through them is sealed
             push = transport.bind(
                 self._pull, self._endpoint("push", self.config.push_port), insecure=insecure
@@ -833,6 +882,8 @@ class ParameterServer:
         except BaseException:
             self._pull.close(0)
             self._xpub.close(0)
+            if self.page is not None:
+                self.page.close()
             raise
         self._server = MessageServer(self._socket)
         self._server.on_refused = self._on_refused
@@ -852,6 +903,15 @@ class ParameterServer:
         host = bind.removeprefix("tcp://")
         return f"tcp://{host}:{port or '*'}"
 
+    def _metrics(self) -> Iterator[Metric]:
+        refusals = self._allowed.refusals if self._allowed is not None else 0
+        return metrics.collect(self.thread, self._server, self._backend.name, refusals)
+
+    def _health(self) -> Health:
+        if self._error is not None:
+            return Health(False, str(self._error))
+        return metrics.health(self.thread, self.state)
+
     def stop(self) -> None:
         """End, from any thread or a signal handler on the loop."""
         self._server.post_threadsafe(Leave(self.name, "stopped"))
@@ -864,9 +924,12 @@ class ParameterServer:
             ProtocolError: the state server refused.
         """
         self._say(f"parameter server on {self._backend.name}, joining {self.state}")
+        if self.page is not None:
+            self._say(f"metrics at {self.page.url}")
         joiner = asyncio.create_task(self._join())
         try:
-            await self._server.run()
+            with showing(self.page):
+                await self._server.run()
         finally:
             joiner.cancel()
             self._end_thread()
@@ -1015,6 +1078,8 @@ class ParameterServer:
         if self._left:
             return
         self._left = True
+        if self.page is not None:
+            self.page.ending("ended: the model is being written")
         self._end_thread()
         if self.thread is not None and self._run_dir is not None:
             self.thread.save_checkpoint()

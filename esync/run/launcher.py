@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 
 from esync.config import OWN, ClusterConfig, WorkerConfig, ps_names
-from esync.errors import EsyncError
+from esync.errors import ConfigError, EsyncError
 from esync.transport import KEYS, NAME, RANK, STATE
 
 _PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -121,11 +121,13 @@ def roles_of(
         ("state", ["esync.state.cli", *file, *common, *again], {}),
     ]
     names = ps_names(cluster.run.ps)
+    ports = metrics_ports(cluster)
     for shard, name in enumerate(names):
         arguments = ["esync.ps.cli", *file, *joins, *common, "--name", name, "--shard", str(shard)]
         arguments += [*again, *([] if cluster.ps.keys else keyed)]
         if len(names) > 1 and cluster.ps.bind.startswith(("ipc://", "inproc://")):
             arguments += ["--bind", f"{cluster.ps.bind}-{shard}"]
+        arguments += ["--metrics-port", str(ports[shard])] if shard and ports[shard] else []
         rows.append((name, arguments, {}))
     workers = cluster.each_worker()
     for rank, row in enumerate(workers):
@@ -155,6 +157,28 @@ def roles_of(
             command += ["--keys", worker.keys] if worker.keys else []
         roles.append(Role(name, command, env, directory / f"{name}.log", worker.host))
     return roles
+
+
+def metrics_ports(cluster: ClusterConfig) -> list[int]:
+    """Where each parameter server of this machine shows its metrics: at the port that [ps] names, and those after it.
+
+    Raises:
+        ConfigError: the state server has one of them, or there are not so many.
+    """
+    first, count = cluster.ps.metrics_port, cluster.run.ps
+    if not first:
+        return [0] * count
+    ports = list(range(first, first + count))
+    if ports[-1] > 65535:
+        raise ConfigError(
+            f"[ps] metrics_port = {first}: {count} parameter servers need ports up to {ports[-1]}; choose a lower one"
+        )
+    if cluster.state.metrics_port in ports:
+        what = f"the ports {first} to {ports[-1]}" if count > 1 else f"port {first}"
+        raise ConfigError(
+            f"[state] metrics_port = {cluster.state.metrics_port}: the metrics of [ps] take {what}; choose another"
+        )
+    return ports
 
 
 def environment_of(worker: WorkerConfig) -> dict[str, str]:

@@ -46,9 +46,13 @@ def main(file: str | None, run_dir: str | None, verbose: bool, resume: bool, **v
         run_dir=cli.make_directory(run_dir),
         keys=keys.load_server(state.keys) if state.keys else None,
         resume=resume,
+        metrics_port=state.metrics_port,
+        metrics_bind=state.metrics_bind,
         say=cli.say,
     )
     cli.say(f"state server at {server.endpoint}: {run.mode}, {run.model} on {run.dataset}")
+    if server.page is not None:
+        cli.say(f"metrics at {server.page.url}")
     cli.serve(server.run(), lambda: server.stop("interrupted"))
     summary = server.handlers.summary()
     accuracy = summary["final_accuracy"]

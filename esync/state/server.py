@@ -6,11 +6,12 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import zmq
+from prometheus_client.core import Metric
 
 from esync import seal, transport
 from esync.config import RunConfig
@@ -19,6 +20,8 @@ from esync.journal import Journal
 from esync.keys import ServerKeys
 from esync.messages import Message
 from esync.messaging import MessageServer
+from esync.metrics import MetricsPage, showing
+from esync.state import metrics
 from esync.state.admission import check_key
 from esync.state.handlers import TICK_S, Handlers, StopRun, Tick
 
@@ -39,9 +42,10 @@ class StateServer:
         keys: encrypt, and let in the keys on their allow-list alone; None does neither. (Not on inproc://, which
             nobody outside of this process can reach.)
         resume: go on with the run in `run_dir`, if there is one.
+        metrics_port, metrics_bind: where the metrics are; port 0: nowhere.
 
     Raises:
-        TransportError: the endpoint cannot be bound.
+        TransportError: an endpoint cannot be bound.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class StateServer:
         run_dir: str | Path | None = None,
         keys: ServerKeys | None = None,
         resume: bool = False,
+        metrics_port: int = 0,
+        metrics_bind: str = "127.0.0.1",
         context: zmq.Context[Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -60,6 +66,7 @@ class StateServer:
         self._socket = transport.router(self._context, keys)
         try:
             self.endpoint = transport.bind(self._socket, bind, insecure=insecure)
+            self.page = self._page(metrics_bind, metrics_port) if metrics_port else None
         except BaseException:
             self._socket.close(0)
             raise
@@ -94,7 +101,8 @@ class StateServer:
         """Serve until the run has ended and everybody has left; returns the summary."""
         ticker = asyncio.create_task(self._tick())
         try:
-            await self._server.run()
+            with showing(self.page):
+                await self._server.run()
         finally:
             ticker.cancel()
             summary = self._write_summary()
@@ -126,6 +134,13 @@ class StateServer:
                 part.replace(path)
             except OSError as error:
                 log.error("cannot write %s: %s", path, error)
+
+    def _page(self, host: str, port: int) -> MetricsPage:
+        return MetricsPage(host, port, self._metrics, lambda: metrics.health(self.handlers))
+
+    def _metrics(self) -> Iterator[Metric]:
+        refusals = self._allowed.refusals if self._allowed is not None else 0
+        return metrics.collect(self.handlers, self._server, refusals, time.monotonic())
 
     def _check_key(self, peer: bytes, message: Message, key: str) -> None:
         assert self._allowed is not None
