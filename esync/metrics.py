@@ -90,7 +90,8 @@ class MetricsPage(Collector):
 
     def start(self) -> None:
         """Answer from now on; on the event loop that is to be watched."""
-        self._pulse = asyncio.get_running_loop().create_task(self._beat())
+        self._beat()
+        self._pulse = asyncio.get_running_loop().create_task(self._go_on_beating())
         self._thread.start()
 
     def ending(self, text: str) -> None:
@@ -105,15 +106,21 @@ class MetricsPage(Collector):
             self._thread.join()
         self._http.server_close()
 
-    async def _beat(self) -> None:
-        while not self._ending:
-            try:
-                self._health = self._look()
-            except Exception:
-                log.exception("nobody can tell how the server is")
-                self._health = Health(False, "nobody can tell; the server's log says why")
-            self._seen_at = time.monotonic()
+    async def _go_on_beating(self) -> None:
+        while True:
             await asyncio.sleep(PULSE_S)
+            if self._ending:
+                return
+            self._beat()
+
+    def _beat(self) -> None:
+        """A sign of life of the event loop."""
+        try:
+            self._health = self._look()
+        except Exception:
+            log.exception("nobody can tell how the server is")
+            self._health = Health(False, "nobody can tell; the server's log says why")
+        self._seen_at = time.monotonic()
 
     def collect(self) -> Iterable[Metric]:
         return self._collect()

@@ -29,7 +29,7 @@ from esync.ps.delivery import STUCK_S, Delivery
 from esync.run import launcher
 from esync.state import metrics as state_metrics
 from esync.state.handlers import GOODBYE_S
-from esync.state.history import reason_class
+from esync.state.history import History, reason_class
 from esync.version import VERSION
 from tests.cluster import Cluster
 from tests.test_handlers import Server
@@ -96,7 +96,6 @@ async def asked(page: MetricsPage, path: str) -> tuple[int, str]:
 def shown(page: MetricsPage, *paths: str) -> list[tuple[int, str]]:
     async def run() -> list[tuple[int, str]]:
         with metrics.showing(page):
-            await asyncio.sleep(0)
             return [await asked(page, path) for path in paths]
 
     return asyncio.run(run())
@@ -118,6 +117,15 @@ def test_who_does_not_work_answers_503_with_the_reason():
     assert shown(page, "/healthz") == [(503, "the disk is full\n")]
 
 
+def test_a_defect_in_looking_is_no_good_health(caplog):
+    def look():
+        raise ZeroDivisionError
+
+    ((status, text),) = shown(page_of(look), "/healthz")
+    assert (status, text) == (503, "nobody can tell; the server's log says why\n")
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_each_page_in_a_process_has_its_own_values():
     one, other = page_of(value=1.0), page_of(value=2.0)
 
@@ -129,7 +137,7 @@ def test_each_page_in_a_process_has_its_own_values():
 
 
 def test_an_event_loop_that_stands_still_is_said_by_a_page_that_does_not(monkeypatch):
-    monkeypatch.setattr(metrics, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(metrics, "PATIENCE_S", 1.0)
     monkeypatch.setattr(metrics, "PULSE_S", 0.02)
     page = page_of()
     url = page.url.removesuffix("/metrics")
@@ -157,7 +165,6 @@ def test_a_server_that_ends_is_not_missed_on_its_event_loop(monkeypatch):
 
     async def run() -> None:
         with metrics.showing(page):
-            await asyncio.sleep(0)
             assert (await asked(page, "/healthz"))[0] == 503
             page.ending("the model is being written")
             for _ in range(3):
@@ -308,6 +315,7 @@ def test_reasons_are_few_words(reason, word):
 
 def test_the_state_of_a_run_is_in_its_metrics_and_in_its_health():
     def states():
+        run.tick()
         found = run.values()
         return [name for name in state_metrics.STATES if found["esync_run_state", name]]
 
@@ -363,6 +371,17 @@ class Restless(dict):
         for row in view:
             super().pop(next(iter(self)))
             yield row
+
+
+def test_rounds_that_are_done_again_are_rounds_and_what_an_earlier_process_did_is_not():
+    history = History()
+    history.published(30, 1.0, 0, 0)
+    history.restore(history.saved())
+    assert history.rounds == 0
+    history.published(35, 2.0, 0, 0)
+    history.roll_back(25)  # the checkpoint of a parameter server that died, too
+    history.published(28, 3.0, 0, 0)
+    assert (history.version, history.rounds, history.rolled_back) == (28, 8, 10)
 
 
 def test_metrics_can_be_read_while_workers_come_and_go():
@@ -448,7 +467,7 @@ def test_the_servers_of_a_run_show_what_they_do():
     assert state["esync_rounds_total",] == 20
     for shard, server in enumerate((ps, ps1)):
         assert server["esync_ps_info", "cpu", str(shard), VERSION] == 1
-        assert server["esync_ps_rounds_total",] == 20
+        assert server["esync_ps_version",] == 20
         assert server["esync_ps_expected_workers",] == 1
         assert server["esync_ps_subscribers",] == 1
         assert server["esync_ps_shared_memory_workers",] == 1

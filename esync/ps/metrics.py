@@ -81,8 +81,10 @@ def collect(
 
 
 def _tensors(thread: TensorThread) -> Iterator[Metric]:
-    yield counter(
-        "esync_ps_rounds", "Versions of the model that were published.", max(thread.version, 0)
+    numbers = thread.numbers()
+    yield gauge("esync_ps_version", "The newest version; -1: none yet.", thread.version)
+    yield gauge(
+        "esync_ps_checkpoint_version", "Of the newest checkpoint; -1: none.", numbers.checkpoint
     )
     moved: dict[tuple[str, ...], float] = {
         ("up",): thread.bytes_up,
@@ -99,7 +101,6 @@ def _tensors(thread: TensorThread) -> Iterator[Metric]:
     yield counter(
         "esync_ps_wanted_chunks", "Chunks of updates that were asked for again.", thread.wanted
     )
-    numbers = thread.numbers()
     yield gauge("esync_ps_expected_workers", "Workers that a round waits for.", numbers.members)
     yield gauge("esync_ps_subscribers", "Workers and evaluators connected.", numbers.subscribers)
     yield gauge(

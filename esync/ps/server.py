@@ -137,6 +137,7 @@ class Numbers:
     stuck: int  # subscribers that take nothing for long
     waiting_chunks: int
     bytes_on_the_way: int
+    checkpoint: int  # the last version that was written; -1: none
 
 
 class TensorThread(threading.Thread):
@@ -761,6 +762,7 @@ class TensorThread(threading.Thread):
             stuck=stuck,
             waiting_chunks=waiting,
             bytes_on_the_way=on_the_way,
+            checkpoint=-1 if self._writer is None else self._writer.written,
         )
 
     @property

@@ -146,7 +146,7 @@ class Handlers:
         self._round_at = 0.0  # when the version that is trained from was published
         self._stopped_at = 0.0
         self._last_waiting = ""
-        self._faults = Faults(log)
+        self.faults = Faults(log)
         self._watching: dict[bytes, float] = {}  # who asked for the table, and when
         self._ended = False
         self._progress_said_at = 0.0
@@ -202,7 +202,7 @@ class Handlers:
             )
         if message.version != VERSION:
             text = f"runs esync {message.version}, here {VERSION}"
-            self._faults.say(message.worker, "version", text)
+            self.faults.say(message.worker, "version", text)
         if self.stopped is not None and message.worker not in self.table.records:
             raise MessageError("run-over", f"the run is over ({self.stopped})")
         if message.role == "ps":
@@ -740,6 +740,11 @@ class Handlers:
             f"{count} worker{'s' if count != 1 else ''}{accuracy}"
         )
 
+    @property
+    def waits(self) -> bool:
+        """Whether something kept the run from going on when that was last looked at; from any thread."""
+        return bool(self._last_waiting)
+
     def waiting_for(self) -> str:
         """What keeps the run from going on, in words; empty if nothing does."""
         if self.stopped is not None:
@@ -825,7 +830,7 @@ class Handlers:
 
     def on_error(self, peer: bytes, message: Error) -> None:
         text = f"reports an error: {message.code}: {message.text}"
-        self._faults.say(peer, message.code, text)
+        self.faults.say(peer, message.code, text)
 
     def status(self) -> dict[str, Any]:
         """The live table, for people."""

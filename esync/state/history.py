@@ -51,6 +51,13 @@ class History:
     bytes_up: int = 0
     bytes_down: int = 0
     split_digest: str = ""
+    begun: int = 0  # the version that this state server went on from
+    rolled_back: int = 0  # rounds that were done again
+
+    @property
+    def rounds(self) -> int:
+        """Versions that were published since this state server began, those done again included."""
+        return self.version - self.begun + self.rolled_back
 
     def joined(self, record: Record, t: float) -> None:
         """A worker was registered."""
@@ -85,7 +92,7 @@ class History:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from what `saved` returned."""
-        self.version = int(saved["version"])
+        self.version = self.begun = int(saved["version"])
         self.version_s = {int(version): float(t) for version, t in saved["version_s"]}
         self.accuracy = [dict(row) for row in saved["accuracy"]]
         self.bytes_up, self.bytes_down = (int(n) for n in saved["bytes"])
@@ -93,6 +100,7 @@ class History:
 
     def roll_back(self, version: int) -> None:
         """The run goes on from this version: what came after it does not count."""
+        self.rolled_back += max(0, self.version - version)
         self.version = version
         self.version_s = {v: t for v, t in self.version_s.items() if v <= version}
         self.accuracy = [row for row in self.accuracy if row["round"] <= version]

@@ -44,7 +44,7 @@ def collect(
         now: seconds on the handlers' clock.
     """
     records = list(dict(handlers.table.records).values())
-    yield from _run(handlers, records, now)
+    yield from _run(handlers, now)
     yield from _comings_and_goings(handlers, records)
     yield from _workers(handlers, records, now)
     history = handlers.history
@@ -75,13 +75,13 @@ def collect(
     yield gauge("esync_queue_messages", "Messages that wait for the state server.", server.queued)
 
 
-def _run(handlers: Handlers, records: list[Record], now: float) -> Iterator[Metric]:
+def _run(handlers: Handlers, now: float) -> Iterator[Metric]:
     config, history = handlers.config, handlers.history
     info = InfoMetricFamily("esync_run", "What is trained, and how.")
     about = {"mode": config.mode, "model": config.model, "dataset": config.dataset}
     info.add_metric((), {"version": VERSION, **about})
     yield info
-    state = _state(handlers, records)
+    state = _state(handlers)
     yield gauge(
         "esync_run_state",
         "1 for what the run is at: waiting, running or ended.",
@@ -94,7 +94,13 @@ def _run(handlers: Handlers, records: list[Record], now: float) -> Iterator[Metr
         "Seconds since all workers were ready.",
         0.0 if started is None else now - started,
     )
-    yield counter("esync_rounds", "Versions of the model that were published.", history.version)
+    yield counter("esync_rounds", "Versions of the model that were published.", history.rounds)
+    yield counter(
+        "esync_rolled_back_rounds",
+        "Of these, what was done again from a checkpoint.",
+        history.rolled_back,
+    )
+    yield gauge("esync_version", "The newest version of the model.", history.version)
     yield counter("esync_steps", "Local steps of all workers.", history.total("steps"))
     yield counter("esync_samples", "Samples trained by all workers.", history.total("samples"))
     for row in history.accuracy[-1:]:
@@ -104,11 +110,10 @@ def _run(handlers: Handlers, records: list[Record], now: float) -> Iterator[Metr
         yield gauge("esync_evaluated_round", "The version that was evaluated.", row["round"])
 
 
-def _state(handlers: Handlers, records: list[Record]) -> str:
+def _state(handlers: Handlers) -> str:
     if handlers.stopped is not None:
         return "ended"
-    active = any(record.active for record in records)
-    return "running" if handlers.started is not None and active else "waiting"
+    return "waiting" if handlers.started is None or handlers.waits else "running"
 
 
 def _comings_and_goings(handlers: Handlers, records: list[Record]) -> Iterator[Metric]:

@@ -25,7 +25,6 @@ from esync.state import metrics
 from esync.state.admission import check_key
 from esync.state.handlers import TICK_S, Handlers, StopRun, Tick
 
-log = logging.getLogger("esync.state")
 SAVED = "state.json"
 """The file in a run's directory from which another life of the state server goes on."""
 SAVE_S = 1.0
@@ -106,6 +105,7 @@ class StateServer:
         finally:
             ticker.cancel()
             summary = self._write_summary()
+            self.handlers.faults.close()
             self._journal.close()
             self._socket.close()
         return summary
@@ -133,7 +133,8 @@ class StateServer:
                 part.write_text(json.dumps(saved), encoding="utf-8")
                 part.replace(path)
             except OSError as error:
-                log.error("cannot write %s: %s", path, error)
+                text = f"cannot write {path}: {error}"
+                self.handlers.faults.say("the state server", "disk", text, level=logging.ERROR)
 
     def _page(self, host: str, port: int) -> MetricsPage:
         return MetricsPage(host, port, self._metrics, lambda: metrics.health(self.handlers))
