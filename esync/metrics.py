@@ -169,6 +169,7 @@ class _Request(BaseHTTPRequestHandler):
     """GET or HEAD of one of two pages."""
 
     timeout = REQUEST_S
+    server_version, sys_version = "esync", ""  # which Python this is nobody needs to know
     server: _Server
 
     def do_GET(self) -> None:

@@ -273,7 +273,7 @@ def test_without_keys_a_server_on_inproc_or_loopback_seals_nothing():
 def test_esync_run_with_keys(directory, tmp_path, curve):
     (tmp_path / "c.toml").write_text(
         f'[run]\nmode = "sync"\nmodel = "mlp"\ndataset = "digits"\nrounds = 5\n'
-        f'[state]\nkeys = "{directory}"\n[ps]\ncurve = {str(curve).lower()}\n'
+        f'[state]\nbind = "tcp://127.0.0.1:*"\nkeys = "{directory}"\n[ps]\ncurve = {str(curve).lower()}\n'
         "[[workers]]\ncount = 2\n"
     )
     done = subprocess.run(

@@ -304,6 +304,7 @@ def test_shards_that_do_not_belong_together_are_not_joined(tmp_path):
 def test_esync_run_with_two_servers_leaves_one_model_which_is_what_one_server_makes(tmp_path):
     (tmp_path / "c.toml").write_text(
         '[run]\nmode = "sync"\nmodel = "mlp"\ndataset = "digits"\nrounds = 6\nseed = 3\n'
+        '[state]\nbind = "tcp://127.0.0.1:*"\n'
         "[[workers]]\ncount = 2\n"
     )
     found = []

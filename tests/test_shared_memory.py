@@ -322,6 +322,7 @@ def test_nothing_is_left_behind_by_roles_that_are_killed(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text(
         '[run]\nmodel = "mlp"\ndataset = "digits"\nduration_s = 600\n'
+        '[state]\nbind = "tcp://127.0.0.1:*"\n'
         "[[workers]]\ncount = 2\nstep_time_s = 0.05\n"
     )
     command = [sys.executable, "-m", "esync.run.cli", str(file), "--runs", str(tmp_path / "runs")]
