@@ -318,7 +318,7 @@ class PsConfig:
     keep_checkpoints: int = _option(3, "So many are kept, the newest.", low=1)
     keys: str = _option(
         "",
-        "Directory made by esync-keys: join with these keys, and seal the tensors.  (In a file: that of [state].)",
+        "Directory made by esync-keys: join with these keys, and seal the tensors (in a file: those of [state]).",
     )
     curve: bool = _option(
         False,
@@ -340,7 +340,7 @@ class WorkerConfig:
     device: str = _option("cpu", "Where to train: cpu, gpu or gpu:N.")
     keys: str = _option(
         "",
-        "The file NAME.key that esync-keys made for this worker.  (With esync-run: that of [state].)",
+        "The file NAME.key that esync-keys made for this worker (with esync-run: that of [state]).",
     )
     step_time_s: float = _option(
         0.0, "Emulate a slow machine: stretch each local step to so many seconds.", low=0

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import zmq
 
 from esync import curve, messages
-from esync.faults import Faults
+from esync.fault_log import FaultLog
 from esync.messages import Error, Message, MessageError
 
 log = logging.getLogger("esync.messaging")
@@ -67,7 +67,7 @@ class MessageServer:
         self.socket = socket
         self.counters: Counter[str] = Counter()
         self.unsent = 0
-        self._faults = Faults(log)
+        self._faults = FaultLog(log)
         self.on_refused: Callable[[MessageError], None] = lambda error: None
         self._routed = socket.getsockopt(zmq.TYPE) == zmq.ROUTER
         self._handlers: dict[type, Callable[[bytes, Any], None]] = {}

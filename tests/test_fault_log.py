@@ -11,7 +11,7 @@ import zmq
 
 from esync import messages
 from esync.config import RunConfig
-from esync.faults import AGAIN, OTHERS, REMEMBERED, Faults, name_of
+from esync.fault_log import AGAIN, OTHERS, REMEMBERED, FaultLog, name_of
 from esync.messages import Join, MessageError, Report
 from esync.messaging import LOCAL, MessageServer
 from esync.ps.aggregation import NOT_FINITE, Refused
@@ -23,8 +23,8 @@ log = logging.getLogger("esync.test")
 
 
 @pytest.fixture
-def faults() -> Faults:
-    return Faults(log)
+def faults() -> FaultLog:
+    return FaultLog(log)
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -35,7 +35,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_a_fault_is_said_once_and_then_whenever_its_number_has_doubled(
-    faults: Faults, caplog: pytest.LogCaptureFixture
+    faults: FaultLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(100):
         faults.say("old", "late", f"update {number} is late")
@@ -51,7 +51,7 @@ def test_a_fault_is_said_once_and_then_whenever_its_number_has_doubled(
 
 
 def test_faults_of_others_and_for_other_reasons_are_said_too(
-    faults: Faults, caplog: pytest.LogCaptureFixture
+    faults: FaultLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(3):
         faults.say("old", "late", "is late")
@@ -63,7 +63,7 @@ def test_faults_of_others_and_for_other_reasons_are_said_too(
 
 
 def test_what_was_said_already_is_not_said_again_at_the_end(
-    faults: Faults, caplog: pytest.LogCaptureFixture
+    faults: FaultLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     faults.say("old", "late", "is late")
     said(caplog)
@@ -72,7 +72,7 @@ def test_what_was_said_already_is_not_said_again_at_the_end(
 
 
 def test_a_fault_that_was_over_is_a_new_one_when_it_comes_again(
-    faults: Faults, caplog: pytest.LogCaptureFixture
+    faults: FaultLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(4):
         faults.say("old", "silent", "is silent")
@@ -89,7 +89,7 @@ def test_a_fault_that_was_over_is_a_new_one_when_it_comes_again(
 
 
 def test_who_makes_up_ids_does_not_fill_the_log_or_the_memory(
-    faults: Faults, caplog: pytest.LogCaptureFixture
+    faults: FaultLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(10 * REMEMBERED):
         faults.say(f"stranger-{number}", "unknown", "is unknown")
@@ -99,7 +99,7 @@ def test_who_makes_up_ids_does_not_fill_the_log_or_the_memory(
     assert len(faults._faults) == REMEMBERED + 1
 
 
-def test_a_level_is_that_of_the_fault(faults: Faults, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_level_is_that_of_the_fault(faults: FaultLog, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, log.name):
         faults.say("old", "far", "is far", level=logging.INFO)
         faults.say("old", "bad", "is bad", level=logging.ERROR)
@@ -122,7 +122,7 @@ def test_a_name_fits_on_a_line_whatever_a_peer_calls_itself(peer: str | bytes, n
 
 
 def test_a_text_from_the_network_makes_no_line_of_its_own(
-    faults: Faults, caplog: pytest.LogCaptureFixture
+    faults: FaultLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     faults.say("old", "error", "reports\n2026 ERROR forged")
     (line,) = said(caplog)

@@ -36,7 +36,7 @@ from esync.algorithms import algorithm
 from esync.compression import Decoder
 from esync.config import PsConfig, RunConfig, build
 from esync.errors import ConfigError, EsyncError, ModelError, ProtocolError, TransportError
-from esync.faults import Faults
+from esync.fault_log import FaultLog
 from esync.journal import Journal, rounded
 from esync.keys import ServerKeys, load_server
 from esync.mailbox import Mailbox
@@ -182,7 +182,7 @@ class TensorThread(threading.Thread):
         self.wanted = 0  # chunks of updates that were asked for again; some may come twice then
         self.incarnation = secrets.token_hex(4)
         self.alive_at = time.monotonic()  # when it last gave a sign of life
-        self._faults = Faults(log)
+        self._faults = FaultLog(log)
         self._pull, self._xpub = pull, xpub
         self._backend, self._config = backend, config
         self._tell = tell

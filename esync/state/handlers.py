@@ -16,7 +16,7 @@ from esync import messages, transport
 from esync.algorithms import algorithm
 from esync.config import RunConfig
 from esync.errors import ModelError, TransportError
-from esync.faults import Faults
+from esync.fault_log import FaultLog
 from esync.journal import Journal
 from esync.messages import (
     Error,
@@ -146,7 +146,7 @@ class Handlers:
         self._round_at = 0.0  # when the version that is trained from was published
         self._stopped_at = 0.0
         self._last_waiting = ""
-        self.faults = Faults(log)
+        self.faults = FaultLog(log)
         self._watching: dict[bytes, float] = {}  # who asked for the table, and when
         self._ended = False
         self._progress_said_at = 0.0

@@ -16,7 +16,7 @@ import zmq
 
 from esync import messages, transport
 from esync.compression import Compressor, Payload
-from esync.faults import Faults
+from esync.fault_log import FaultLog
 from esync.keys import ClientKeys
 from esync.messages import (
     NO_SHARED_MEMORY,
@@ -108,7 +108,7 @@ class Channel:
         self._outgoing: deque[list[Any]] = deque()
         self._offered_to = ""  # the incarnation of the server
         self._offered_at: float | None = None  # until there is an answer
-        self._faults = Faults(log)
+        self._faults = FaultLog(log)
         self._received = 0  # bytes since we said what has arrived, and chunks
         self._chunks_received = 0
         self._evaluator = role == "evaluator"

@@ -18,7 +18,7 @@ import zmq
 from esync import messages, transport
 from esync.compression import Compressor
 from esync.errors import EsyncError, ProtocolError, TransportError
-from esync.faults import Faults
+from esync.fault_log import FaultLog
 from esync.keys import ClientKeys
 from esync.mailbox import Mailbox
 from esync.messages import (
@@ -108,7 +108,7 @@ class Link(threading.Thread):
         self._poller = zmq.Poller()
         self._lost_at: float | None = None
         self._last_said = ""
-        self._faults = Faults(log)
+        self._faults = FaultLog(log)
         self._answered = False
         self._began = 0.0
         self._joined_at = 0.0

@@ -22,7 +22,7 @@ class _Fault:
     text: str = ""
 
 
-class Faults:
+class FaultLog:
     """The faults of one server or worker, told apart by whose they are and by their reason. For one thread.
 
     Args:
