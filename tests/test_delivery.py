@@ -118,7 +118,7 @@ def test_who_is_stuck_gets_the_newest_version_and_who_is_slow_gets_its_own():
         assert send(line, worker) == [(1, 0), (1, 1)]
     line.have("slow", 1, 0, STUCK_S - 1)
     assert send(line, "slow", STUCK_S - 1) == [(1, 2)]
-    line.completed(2, lambda: chunks(2), STUCK_S + 0.1)
+    line.completed(2, lambda worker: chunks(2), STUCK_S + 0.1)
     for worker in ("slow", "stuck"):
         line.have(worker, 1, 1, STUCK_S + 1)
     assert send(line, "stuck", STUCK_S + 1) == [(2, 0), (2, 1)]
@@ -127,8 +127,46 @@ def test_who_is_stuck_gets_the_newest_version_and_who_is_slow_gets_its_own():
 
 def test_a_version_that_begins_to_be_sent_is_not_older_than_itself():
     line = filled(2 * SIZE, version=2)
-    line.completed(2, lambda: pytest.fail("not stuck with an older one"), STUCK_S * 10)
+    line.completed(2, lambda worker: pytest.fail("not an older one"), STUCK_S * 10)
     assert send(line, "w") == [(2, 0), (2, 1)]
+
+
+def versions_waiting(line, worker):
+    return sorted({event.version for event in line._lines[worker].waiting})
+
+
+def publish(line, version, now, *workers):
+    for worker in workers:
+        for event in chunks(version):
+            line.put(worker, event, now)
+    line.completed(version, lambda worker: chunks(version), now)
+
+
+def test_a_slow_subscriber_gets_the_version_that_it_has_begun_and_then_the_newest():
+    """It takes 20 seconds for a version, and there is one a second."""
+    line, got, now = Delivery(SIZE), [], 0.0
+    for version in range(200):
+        publish(line, version, now, "slow")
+        assert len(versions_waiting(line, "slow")) <= 2
+        if now % 4 == 0:
+            for sent, chunk in send(line, "slow", now):
+                line.have("slow", sent, chunk, now)
+                got.append((sent, chunk))
+                break
+        now += 1.0
+    whole = [got[i][0] for i in range(5, len(got), 6)]
+    assert [chunk for _, chunk in got] == [i % 6 for i in range(len(got))], "version by version"
+    assert all(len({v for v, _ in got[i : i + 6]}) == 1 for i in range(0, len(got) - 5, 6))
+    assert whole[-1] > 150, "it is never far behind"
+
+
+def test_a_stopped_subscriber_keeps_no_more_however_long_it_stays():
+    line = Delivery(2 * SIZE)
+    for version in range(1000):
+        publish(line, version, float(version), "stopped")
+        send(line, "stopped", float(version))
+        assert len(versions_waiting(line, "stopped")) <= 2
+    assert line._lines["stopped"].bytes == 2 * SIZE
 
 
 # The real server

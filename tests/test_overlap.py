@@ -239,7 +239,7 @@ def test_an_update_that_is_lost_on_the_way_is_pushed_again_while_training_goes_o
 
     def prepare(cluster: Cluster) -> None:
         def lossy(frames: Any) -> None:
-            message = messages.decode(frames[0].buffer)
+            message = messages.decode(frames[0])
             if (
                 isinstance(message, Update)
                 and (message.worker, message.round) == ("w0", 2)
