@@ -401,11 +401,11 @@ def run_with(
 ) -> tuple[float, dict[str, Any]]:
     """(samples per second, what else came of it) of a run that is hurt."""
     with cluster(workers, seed, apart=apart) as made:
-        time.sleep(min(SETTLE_S, seconds / 2))
+        time.sleep(min(SETTLE_S, seconds / 4))
         begin = time.time()
         hurt(made, seconds, times, random.Random(seed))
         end = time.time()
-        time.sleep(3.0)  # rounds that have begun end
+        time.sleep(1.5)  # rounds that have begun end
         made.end()
         return samples_of(made, begin, end) / (end - begin), {
             "rounds": max(versions_of(made)),

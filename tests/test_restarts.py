@@ -161,7 +161,6 @@ def test_the_parameter_server_is_killed_and_the_run_goes_on_from_its_checkpoint(
         run.rounds(20)
     summary = run.end()
     assert "going on from version" in processes.output("ps")
-    assert processes.output("state").count("goes on from version") == 2
     assert summary["ended"] == "interrupted"
     assert len(summary["workers"]) == 3, "nobody left"
     again = run.lines("state", "rolled_back")
@@ -247,15 +246,16 @@ def test_a_run_that_has_ended_is_gone_on_with(processes, tmp_path):
         "first", "esync.run.cli", str(cluster_file(tmp_path)), "--runs", str(runs), "--name", "it"
     )
     assert first.wait(90) == 0, processes.output("first")
+    before = json.loads((runs / "it" / "summary.json").read_text())
     again = processes.start(
         "again", "esync.run.cli", str(runs / "it" / "cluster.toml"), "--resume", "--rounds", "30"
     )
     assert again.wait(90) == 0, processes.output("again")
     summary = json.loads((runs / "it" / "summary.json").read_text())
     assert summary["rounds"] == 30
-    rounds = [row["round"] for row in summary["accuracy"]]
-    assert rounds[-1] == 30
-    assert min(rounds) < 12, "what was there before is remembered"
+    assert summary["accuracy"][-1]["round"] == 30
+    assert summary["accuracy"][0] == before["accuracy"][0], "what was there before is remembered"
+    assert summary["wall_s"] > before["wall_s"]
     assert "going on from version 12" in (runs / "it" / "ps.log").read_text()
     wrong = processes.start("wrong", "esync.run.cli", str(tmp_path / "c.toml"), "--resume")
     assert wrong.wait(30) == 1
@@ -277,7 +277,7 @@ def pid_of(module, directory):
 @pytest.mark.parametrize("role", ["ps", "state"])
 def test_esync_run_starts_a_server_again_that_dies(processes, tmp_path, role):
     runs = tmp_path / "runs"
-    options = ["--runs", str(runs), "--name", "it", "--keep-going", "--rounds", "150", "--plain"]
+    options = ["--runs", str(runs), "--name", "it", "--keep-going", "--rounds", "80", "--plain"]
     run = processes.start("run", "esync.run.cli", str(cluster_file(tmp_path)), *options)
     processes.until(lambda: list((runs / "it" / "checkpoints").glob("*")), "a checkpoint")
     module = f"esync.{role}.cli"
@@ -287,5 +287,5 @@ def test_esync_run_starts_a_server_again_that_dies(processes, tmp_path, role):
     assert f"{role} died" in processes.output("run")
     assert "it was started again" in processes.output("run")
     summary = json.loads((runs / "it" / "summary.json").read_text())
-    assert summary["rounds"] == 150
+    assert summary["rounds"] == 80
     assert summary["final_accuracy"] > 0.5
