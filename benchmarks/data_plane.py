@@ -7,7 +7,8 @@ machine, and so are gloo's ranks. What is timed is from one synchronisation's en
     python benchmarks/data_plane.py --quick
     python benchmarks/data_plane.py --workers 4 --mb 45 --rounds 40 --json data_plane.json
 
-gloo needs PyTorch (pip install torch); without it its rows are left out, and said to be.
+gloo needs PyTorch (pip install torch); without it its rows are left out, and said to be. The lane "gpu", all on one
+NVIDIA GPU, needs that, CuPy and JAX for CUDA (pip install 'esync[cuda12]'); it is left out where they are not there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import multiprocessing
 import os
 import socket
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -35,13 +37,14 @@ from inside.role import loopback_bytes
 from rich.console import Console
 from rich.table import Table
 
-from esync import keys
+from esync import device_memory, keys
 
 WARM_UP = 3
 """Synchronisations that are not counted: memory is touched for the first time in them."""
 CHUNK = 1 << 20
 SEALED, CURVE = "tcp, sealed", "tcp, CURVE"
-LANES = ("tcp", "ipc", "shared memory", SEALED, CURVE)
+GPU = "gpu"
+LANES = ("tcp", "ipc", "shared memory", SEALED, CURVE, GPU)
 CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -168,21 +171,34 @@ def esync_ps(pipe: Connection, state: str, options: dict[str, Any]) -> None:
 
 
 def esync_worker(
-    pipe: Connection, state: str, rank: int, elements: int, rounds: int, directory: str
+    pipe: Connection,
+    state: str,
+    rank: int,
+    elements: int,
+    rounds: int,
+    directory: str,
+    on_gpu: bool,
 ) -> None:
+    import jax.numpy as jnp
+
     from esync import cli
     from esync.worker.client import Worker
 
     cli.keep_memory()  # as esync-worker does
-    update = np.random.default_rng(rank).normal(size=elements).astype(np.float32)
+    update: Any = np.random.default_rng(rank).normal(size=elements).astype(np.float32)
+    zeros: Any = np.zeros(elements, np.float32)
+    if on_gpu:
+        update, zeros = device_memory.from_jax(jnp.asarray(update)), jnp.asarray(zeros)
     with Worker(state, name=f"w{rank}", rank=rank, keys=directory) as worker:
-        worker.start({"w": np.zeros(elements, np.float32)})
+        worker.start({"w": zeros})
         pipe.send("started")
         pipe.recv()
         ends = []
         for _ in range(rounds + WARM_UP + 1):
             parts = worker.exchange(update)
             ends.append(time.perf_counter())
+        if on_gpu and isinstance(parts[0], np.ndarray):
+            raise RuntimeError("models did not come through the GPU's memory")
         pipe.send((ends, float(parts[0][0]), worker.totals.to_wire()))
         pipe.recv()
 
@@ -191,7 +207,7 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
     """esync itself, over one of its lanes."""
     elements = int(mb * 1e6 / 4)
     settings = {"mode": "esync", "model": "own", "workers": workers, **run}
-    settings["shared_memory"] = lane == "shared memory"
+    settings["shared_memory"] = lane in ("shared memory", GPU)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         tcp = lane != "ipc"
@@ -206,13 +222,16 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
         for shard in range(settings.get("ps", 1)):
             options = {"bind": "127.0.0.1" if tcp else f"ipc://{folder}/ps{shard}", "shard": shard}
             options |= {"keys": directory, "curve": lane == CURVE}
+            options |= {"device": "cuda" if lane == GPU else "cpu"}
             servers.append(stack.enter_context(child(esync_ps, endpoint, options)))
         for pipe, _ in servers:
             result_of(pipe, "a parameter server")
         ps_pid = servers[0][1]
         before_mb = memory_mb(ps_pid, "VmRSS")
         trainers = [
-            stack.enter_context(child(esync_worker, endpoint, rank, elements, rounds, directory))
+            stack.enter_context(
+                child(esync_worker, endpoint, rank, elements, rounds, directory, lane == GPU)
+            )
             for rank in range(workers)
         ]
         for rank, (pipe, _) in enumerate(trainers):
@@ -292,11 +311,12 @@ def stepping(lane: str, workers: int, mb: float, seconds: float) -> dict[str, An
     """Seconds that `worker.step` takes of a tree of JAX arrays, with overlapped synchronisation: when there is
     nothing to do, while a model arrives, and when it pushes or merges."""
     settings = {"mode": "esync", "overlap": True, "model": "own", "workers": workers}
-    settings |= {"shared_memory": lane == "shared memory", "duration_s": seconds + 60}
+    settings |= {"shared_memory": lane in ("shared memory", GPU), "duration_s": seconds + 60}
     with ExitStack() as stack:
         state, _ = stack.enter_context(child(esync_state, settings, "tcp://127.0.0.1:*"))
         endpoint = result_of(state, "the state server")
-        ps, _ = stack.enter_context(child(esync_ps, endpoint, {}))
+        options = {"device": "cuda" if lane == GPU else "cpu"}
+        ps, _ = stack.enter_context(child(esync_ps, endpoint, options))
         result_of(ps, "the parameter server")
         elements = int(mb * 1e6 / 4)
         rows = [
@@ -553,6 +573,11 @@ def main(
     sizes = sizes or ((4.0,) if quick else (1.0, 45.0, 240.0))
     rounds = rounds or (10 if quick else 30)
     console = Console(stderr=True)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share the GPU
+    no_gpu = device_memory.unsupported()
+    if no_gpu and GPU in lanes:
+        console.print(f"There is no lane {GPU} here: {no_gpu}", markup=False)
+        sys.exit(2)
     if step:
         steps = [
             stepping(lane, 2, 4.0 if quick else 45.0, 3.0 if quick else 15.0)
@@ -563,6 +588,8 @@ def main(
             json.dump({"environment": measure.environment(), "rows": steps}, file, indent=1)
             file.write("\n")
         return
+    if no_gpu and not lanes:
+        console.print(f"The lane {GPU} is left out: {no_gpu}", markup=False)
     has_torch = importlib.util.find_spec("torch") is not None
     if not has_torch and not only_esync:
         console.print("gloo is left out: it needs PyTorch (pip install torch)")
@@ -570,7 +597,7 @@ def main(
     for mb in sizes:
         for workers in counts:
             plan: list[Callable[[], Row]] = []
-            for lane in lanes or LANES:
+            for lane in lanes or (LANES[:-1] if no_gpu else LANES):
                 plan.append(lambda lane=lane, n=workers, mb=mb: esync(lane, n, mb, rounds))  # type: ignore[misc]
             for name in compression:
                 plan.append(

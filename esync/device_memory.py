@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from esync.errors import EsyncError
-from esync.shared_memory import boot_id
-from esync.tensors import Layout
+from esync.messages import Offer
+from esync.shared_memory import Region, SharedMemoryError, boot_id
+from esync.tensors import Layout, Vector
 
 Array = Any
 """A CuPy array of float32."""
@@ -37,7 +37,7 @@ CUDA_MEMORY = 2
 _offered: set[bytes] = set()  # by this process: CUDA opens a handle in other processes only
 
 
-class DeviceMemoryError(EsyncError):
+class DeviceMemoryError(SharedMemoryError):
     """Memory of a device that was offered and cannot be used: the exchange goes through the host instead."""
 
 
@@ -117,7 +117,6 @@ class DeviceRegion:
             allocation.address, size_of(layout, slots), allocation, index
         )
         with cupy.cuda.Device(index):
-            self._stream = cupy.cuda.Stream(non_blocking=True)
             self._slots = [
                 cupy.ndarray(
                     (layout.size,),
@@ -215,33 +214,97 @@ class DeviceRegion:
         return self._slots[slot][at.start : at.stop]
 
     def write(self, slot: int, start: int, x: Array) -> None:
-        """Copy an array into a slot, from element `start` on, on the device. Returns when it is there.
-
-        Args:
-            x: a CuPy array of float32 on the same device, without gaps and with its values there already, as those
-                of `from_jax` are; any shape.
+        """`put` an array into a slot, from element `start` on.
 
         Raises:
-            DeviceMemoryError: it is none of that, or too long.
+            DeviceMemoryError: it is not what `put` takes, or too long.
         """
-        if x.dtype != np.float32 or not x.flags.c_contiguous:
-            raise DeviceMemoryError(f"expected float32 without gaps, not {x.dtype} {x.shape}")
-        if x.device.id != self.index:
-            raise DeviceMemoryError(
-                f"the array is on CUDA device {x.device.id}, the memory on {self.index}"
-            )
         if start < 0 or start + x.size > self.layout.size:
             raise DeviceMemoryError(
                 f"{x.size} elements from {start} on are more than the {self.layout.size} of a slot"
             )
-        with self._cupy.cuda.Device(self.index):
-            target = self._slots[slot][start : start + x.size]
-            target.data.copy_from_device_async(x.data, x.nbytes, self._stream)
-            self._stream.synchronize()
+        put(x, self._slots[slot][start : start + x.size])
 
     def close(self) -> None:
         """Let go of the memory: it is given back once nobody has a view of it any more. A second call does nothing."""
         self._slots, self._allocation = [], None
+
+
+def shared(layout: Layout, slots: int, index: int) -> Region:
+    """New memory on a device, this process's own, whose stamps are in memory of the host.
+
+    Raises:
+        SharedMemoryError: one of the two is not to be had, or CUDA cannot share it.
+    """
+    device = DeviceRegion.create(layout, slots, index)
+    device.offer()
+    return Region.create(layout, slots).on(device)
+
+
+def opened(layout: Layout, slots: int, offer: Offer, index: int | None) -> Region:
+    """The memory that another process of this machine offers, the host's or a device's.
+
+    Args:
+        index: the only device that will do, as CUDA counts them in this process; None: none will.
+
+    Raises:
+        SharedMemoryError: it is another machine's, another device's, or not what it is said to be.
+    """
+    region = Region.open(layout, slots, offer)
+    if not offer.device:
+        return region
+    here = uuid_of(index)
+    if offer.device != here:
+        raise DeviceMemoryError(f"it is on the CUDA device {offer.device}, not on {here or 'none'}")
+    there = DeviceOffer(offer.boot, offer.device, offer.handle, offer.size)
+    return region.on(DeviceRegion.open(layout, slots, there))
+
+
+def uuid_of(index: int | None) -> str:
+    """What a device is called on all of the machine; empty for none, and where devices do not share memory."""
+    return "" if index is None or unsupported() else _uuid(_cupy(), index)
+
+
+def put(x: Array | Vector, target: Array | Vector) -> None:
+    """Copy a vector into another as long, in whatever memory either lies. Returns when it is there.
+
+    Args:
+        x: float32 without gaps, with its values there already, as those of `from_jax` are; any shape.
+
+    Raises:
+        DeviceMemoryError: it is none of that, or on another device than `target`.
+    """
+    if isinstance(target, np.ndarray):
+        np.copyto(target, on_host(x))
+        return
+    if x.dtype != np.float32 or not x.flags.c_contiguous:
+        raise DeviceMemoryError(f"expected float32 without gaps, not {x.dtype} {x.shape}")
+    index = target.device.id
+    if not isinstance(x, np.ndarray) and x.device.id != index:
+        raise DeviceMemoryError(f"the array is on CUDA device {x.device.id}, the memory on {index}")
+    cupy = _cupy()
+    with cupy.cuda.Device(index):
+        stream = cupy.cuda.Stream(non_blocking=True)
+        if isinstance(x, np.ndarray):
+            target.set(x, stream=stream)
+        else:
+            target.data.copy_from_device_async(x.data, x.nbytes, stream)
+        stream.synchronize()
+
+
+def on_host(x: Array | Vector) -> Vector:
+    """A vector in memory of the host: itself, if it is NumPy's.
+
+    Raises:
+        DeviceMemoryError: CUDA does not read it.
+    """
+    if isinstance(x, np.ndarray):
+        return x
+    try:
+        vector: Vector = x.get()
+    except _cupy().cuda.runtime.CUDARuntimeError as error:
+        raise DeviceMemoryError(f"the device's memory cannot be read: {error}") from error
+    return vector
 
 
 def from_jax(array: Any) -> Array:
@@ -262,12 +325,23 @@ def from_jax(array: Any) -> Array:
     return cupy.from_dlpack(array.block_until_ready())
 
 
+def lent_to_jax(x: Array) -> Any:
+    """A CuPy array as a JAX array of the same memory; nothing is copied.
+
+    JAX takes for granted that an array never changes: have what is made of it ready before anybody writes there, and
+    do not keep it. The memory begins where CUDA would begin an allocation, as a slot does: XLA reads several elements
+    at a time.
+    """
+    from jax import dlpack
+
+    return dlpack.from_dlpack(x)
+
+
 def to_jax(x: Array) -> Any:
     """A JAX array of its own with what a CuPy array holds now, on the same device; one copy there, done on return."""
     import jax.numpy as jnp
-    from jax import dlpack
 
-    return jnp.array(dlpack.from_dlpack(x), copy=True).block_until_ready()
+    return jnp.array(lent_to_jax(x), copy=True).block_until_ready()
 
 
 def size_of(layout: Layout, slots: int) -> int:

@@ -269,7 +269,9 @@ class Offer:
     `esync.shared_memory`).
 
     `boot` says which machine, since its last start, that is; `pid` and `fd` whose memory, under which descriptor;
-    `token` what it begins with, since process ids mean something else in another container.
+    `token` what it begins with, since process ids mean something else in another container. Where a `device` is given
+    (its UUID) the chunks lie in memory of that, with this `handle` and so many bytes (see `esync.device_memory`), and
+    what is mapped has their stamps only.
     """
 
     TYPE: ClassVar[str] = "offer"
@@ -279,6 +281,9 @@ class Offer:
     fd: int
     token: str
     incarnation: str
+    device: str = ""
+    handle: bytes = b""
+    size: int = 0
 
 
 @dataclass(slots=True)

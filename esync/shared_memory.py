@@ -59,7 +59,11 @@ class Region:
 
     Attributes:
         stamps: shape=(slots, chunks), dtype=int64.
+        device: the memory in which the chunks lie, if that is a device's (`esync.device_memory.DeviceRegion`): they are
+            CuPy arrays then. None: they lie beside their stamps.
     """
+
+    device: Any = None
 
     def __init__(self, layout: Layout, slots: int, memory: mmap.mmap, fd: int = -1) -> None:
         self.layout = layout
@@ -71,7 +75,7 @@ class Region:
             memory, np.int64, slots * count, PAGE
         ).reshape(slots, count)
         start, size = _starts(layout, slots)
-        self._slots = [
+        self._slots: list[Vector] = [
             np.frombuffer(memory, np.float32, layout.size, start + slot * size + ODD)
             for slot in range(slots)
         ]
@@ -103,7 +107,11 @@ class Region:
 
     def offer(self, worker: str, incarnation: str) -> Offer:
         """The message by which the owner offers its memory to a process of this machine."""
-        return Offer(worker, boot_id(), os.getpid(), self._fd, self._token, incarnation)
+        offer = Offer(worker, boot_id(), os.getpid(), self._fd, self._token, incarnation)
+        if self.device is not None and self._fd >= 0:
+            there = self.device.offer()
+            offer.device, offer.handle, offer.size = there.device, there.handle, there.size
+        return offer
 
     @classmethod
     def open(cls, layout: Layout, slots: int, offer: Offer) -> Region:
@@ -134,6 +142,13 @@ class Region:
             raise SharedMemoryError(f"{path} begins with another token")
         return cls(layout, slots, memory)
 
+    def on(self, device: Any) -> Region:
+        """The same stamps, for chunks that lie in a device's memory (an `esync.device_memory.DeviceRegion`)."""
+        there = copy.copy(self)
+        there.device, there._kept = device, self
+        there._slots = [device.whole(slot) for slot in range(len(self._slots))]
+        return there
+
     def part(self, chunks: range) -> Region:
         """The same memory, of which only these chunks are seen, counted from the first of them."""
         narrow = copy.copy(self)
@@ -150,6 +165,13 @@ class Region:
         """One chunk of it."""
         at = self._chunks[chunk]
         return self._slots[slot][at.start : at.stop]
+
+    def lends(self, slot: int, chunk: int, x: Any) -> bool:
+        """Whether a vector is this chunk itself, and not a copy."""
+        mine: Any = self.chunk(slot, chunk)
+        if self.device is None:
+            return np.shares_memory(x, mine)
+        return bool(x.data.ptr == mine.data.ptr)
 
     def begin(self, slot: int, chunk: int) -> Vector:
         """The owner writes to a chunk from now on."""

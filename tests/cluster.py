@@ -57,6 +57,7 @@ class Cluster:
         keys: a directory that esync-keys made.
         curve: encrypt tensors by CURVE instead of sealing them.
         metrics: the ports of the state server's and of each parameter server's metrics.
+        device: where the parameter servers average.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Cluster:
         keys: Path | None = None,
         curve: bool = False,
         metrics: Sequence[int] = (),
+        device: str = "cpu",
     ):
         self.context: zmq.Context[Any] = zmq.Context()
         number = next(_numbers)
@@ -103,6 +105,7 @@ class Cluster:
                     bind=ps_bind if kind == "tcp" else f"{ps_bind}{shard}",
                     curve=curve,
                     metrics_port=ports[shard],
+                    device=device,
                 ),
                 keys=server_keys,
                 context=self.context,

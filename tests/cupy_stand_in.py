@@ -6,7 +6,8 @@ stand-in thinks fit: `schedule.hurry(stream)` says how likely a stream is to do 
 to wait finds memory that has not been written to yet, or that has been overwritten already. Memory that was never
 written to holds NaN.
 
-Several processes on one GPU are several modules with one `Gpu`: each has its own addresses for its memory.
+Several processes on one GPU are several modules with one `Gpu`: each has its own addresses for its memory. Any thread
+may use a module.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections import deque
 import numpy as np
 
 HANDLE_BYTES = 64
+ALIGNED = 512
 
 
 class CUDARuntimeError(RuntimeError):
@@ -39,7 +41,8 @@ class Gpu:
 
 
 def allocation(size):
-    memory = np.empty(size, np.uint8)
+    memory = np.empty(size + ALIGNED, np.uint8)
+    memory = memory[-memory.ctypes.data % ALIGNED :][:size]
     memory[: size // 4 * 4].view(np.float32)[:] = np.nan
     return memory
 
@@ -56,6 +59,7 @@ class Schedule:
 
     def __init__(self, seed=0):
         self.random = random.Random(seed)
+        self.lock = threading.RLock()
         self.hurry = lambda stream: 0.0
         self.streams = []
         self.pageable = 0
@@ -109,8 +113,9 @@ def stand_in(gpu=None, seed=0):
             self.bring_to(self.recorded)
 
         def bring_to(self, mark):
-            while self.reached < mark:
-                assert self.stream.must_do_next(), "streams wait for each other"
+            with schedule.lock:
+                while self.reached < mark:
+                    assert self.stream.must_do_next(), "streams wait for each other"
 
     class Stream:
         def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
@@ -120,8 +125,9 @@ def stand_in(gpu=None, seed=0):
             schedule.streams.append(self)
 
         def put(self, what, event=None, mark=0):
-            self.work.append((what, event, mark))
-            schedule.settle()
+            with schedule.lock:
+                self.work.append((what, event, mark))
+                schedule.settle()
 
         def do_next(self):
             what, event, mark = self.work[0]
@@ -132,12 +138,13 @@ def stand_in(gpu=None, seed=0):
             return True
 
         def must_do_next(self):
-            if not self.work:
-                return False
-            _, event, mark = self.work[0]
-            if event is not None:
-                event.bring_to(mark)
-            return self.do_next()
+            with schedule.lock:
+                if not self.work:
+                    return False
+                _, event, mark = self.work[0]
+                if event is not None:
+                    event.bring_to(mark)
+                return self.do_next()
 
         def wait_event(self, event):
             self.put(lambda: None, event, event.recorded)
@@ -391,7 +398,7 @@ def stand_in(gpu=None, seed=0):
         give(ptr)
 
     def device_synchronize():
-        for stream in schedule.streams:
+        for stream in list(schedule.streams):
             stream.synchronize()
 
     cupy.memories, cupy.opened = memories, opened

@@ -1,8 +1,9 @@
-"""On a real GPU: averaging, and memory that processes share. Skipped where there is none."""
+"""On a real GPU: averaging, memory that processes share, and runs through it. Skipped where there is none."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 
 from esync.compression import is_finite
-from esync.device_memory import DeviceRegion, from_jax, to_jax, unsupported
+from esync.config import RunConfig
+from esync.device_memory import DeviceOffer, DeviceRegion, from_jax, to_jax, unsupported
 from esync.ps.backend import MOST, CupyBackend, NumpyBackend
 from esync.ps.staging import BUFFERS
 from esync.tensors import CHUNK_ELEMENTS, DELTA, Layout, Leaf
+from tests.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 WHY = unsupported()
@@ -123,6 +126,92 @@ def test_another_process_reads_what_is_written_to_a_device():
         assert reader.stdout.readline() == "True\n"
     assert reader.returncode == 0
     mine.close()
+
+
+OWNER = """
+import json, sys
+import cupy
+from esync.device_memory import DeviceRegion, put
+from tests.test_gpu import LAYOUT, vector
+region = DeviceRegion.create(LAYOUT, 1)
+put(vector(0), region.whole(0))
+offer = region.offer()
+said = {"boot": offer.boot, "device": offer.device, "size": offer.size, "handle": offer.handle.hex()}
+print(json.dumps(said), flush=True)
+sys.stdin.readline()
+"""
+
+
+@needs_gpu
+def test_who_has_opened_memory_reads_it_when_its_owner_was_killed():
+    """CUDA does not say so. If it is not so, a worker that is killed while its update is added up may take the
+    parameter server with it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as owner:
+        said = json.loads(owner.stdout.readline())
+        handle = bytes.fromhex(said.pop("handle"))
+        region = DeviceRegion.open(LAYOUT, 1, DeviceOffer(handle=handle, **said))
+        owner.kill()
+    gpu = CupyBackend()
+    np.testing.assert_array_equal(gpu.host(gpu.scaled(region.whole(0), 2.0)), 2 * vector(0))
+    region.close()
+
+
+WORKER = """
+import hashlib, json, sys
+import jax.numpy as jnp
+import numpy as np
+from esync.worker.client import Worker
+from tests.test_gpu import LAYOUT
+endpoint, rank = sys.argv[1], int(sys.argv[2])
+with Worker(endpoint, name=f"w{rank}", rank=rank) as worker:
+    params = worker.start({"w": jnp.zeros(LAYOUT.size)})
+    while not worker.stopped:
+        params = worker.step({"w": params["w"] - 0.2 * (params["w"] - rank)})
+    channels = worker._link._channels
+    lanes = [bool(c.puts and c.whole.device is not None) for c in channels]
+    final = np.asarray(params["w"])
+    print(json.dumps([lanes, hashlib.sha256(final.tobytes()).hexdigest(), float(final.mean())]))
+"""
+
+
+def run_of(**options):
+    """(lane of each server, digest and mean of the model) of each worker at the end of a run of processes."""
+    config = RunConfig(mode="sync", workers=2, rounds=60, **options)
+    with Cluster(config, "tcp", device="cuda") as cluster:
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", WORKER, cluster.endpoint, str(rank)],
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            )
+            for rank in range(2)
+        ]
+        results = [json.loads(worker.communicate(timeout=100)[0]) for worker in workers]
+        cluster.finish()
+    return results
+
+
+@needs_gpu
+@pytest.mark.processes
+@pytest.mark.parametrize("ps", [1, 2])
+def test_a_run_through_device_memory_makes_the_model_that_one_over_sockets_does(ps):
+    import jax
+
+    if jax.default_backend() != "gpu":
+        pytest.skip("JAX sees no GPU: pip install 'esync[cuda12]'")
+    through, over = run_of(ps=ps), run_of(ps=ps, shared_memory=False)
+    assert [lanes for lanes, _, _ in through] == [[True] * ps] * 2
+    assert [lanes for lanes, _, _ in over] == [[False] * ps] * 2
+    assert len({digest for _, digest, _ in (*through, *over)}) == 1
+    assert abs(through[0][2] - 0.5) < 0.01
 
 
 @needs_gpu

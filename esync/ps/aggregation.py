@@ -173,7 +173,7 @@ class Aggregation(ABC):
         """`missing`, once there is a model."""
 
     def move_to(self, room: Room) -> bool:
-        """Keep the model in memory that is given for it from now on, if this aggregation and its backend can.
+        """Keep the model in memory that is given for it from now on, arrays of the backend, if this aggregation can.
 
         Then True, and every chunk of `chunks` and of what is published lies there."""
         return False
@@ -182,9 +182,7 @@ class Aggregation(ABC):
         """The chunk, in the memory that is given for it if there is any."""
         if self._room is None:
             return data
-        room = self._room(version, chunk)
-        room[:] = data
-        return room
+        return self.backend.copied(data, self._room(version, chunk))
 
     def snapshot(self) -> dict[str, list[Array]]:
         """Everything that the next versions depend on: name -> one vector per chunk, or None. What was returned is not
@@ -446,8 +444,6 @@ class Mean(Aggregation):
         return Published(version, chunk, data, encoded=self._encoded[chunk])
 
     def move_to(self, room: Room) -> bool:
-        if not self.backend.in_host_memory:
-            return False
         self._room = room
         if self.version >= 0:
             self.chunks = [self._settled(self.version, i, x) for i, x in enumerate(self.chunks)]

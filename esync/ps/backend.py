@@ -25,11 +25,17 @@ class Backend(Protocol):
     """Arithmetic on float32 vectors of one device."""
 
     name: str
-    in_host_memory: bool
-    """Whether its arrays are NumPy's, so that it can write where others read."""
+    cuda: int | None
+    """The CUDA device on which its arrays are, as this process counts; None: they are NumPy's."""
 
-    def load(self, x: Vector) -> Array:
-        """A vector in host memory as one of this backend; on the CPU without a copy."""
+    def load(self, x: Array) -> Array:
+        """A vector in host memory as one of this backend; on the CPU without a copy, as what is one already is."""
+
+    def copied(self, x: Array, out: Array | None = None) -> Array:
+        """A copy: a new vector, or `out`."""
+
+    def wait(self) -> None:
+        """Return when all that was asked for until now is done, so that another process may read it."""
 
     def is_finite(self, x: Array) -> bool:
         """Whether no element is NaN or infinite."""
@@ -77,10 +83,20 @@ _overflow_is_checked_later = np.errstate(over="ignore", invalid="ignore", divide
 class NumpyBackend:
     """On the CPU."""
 
-    name, in_host_memory = "cpu", True
+    name = "cpu"
+    cuda: int | None = None
 
-    def load(self, x: Vector) -> Array:
+    def load(self, x: Array) -> Array:
         return x
+
+    def copied(self, x: Array, out: Array | None = None) -> Array:
+        if out is None:
+            return x.copy()
+        np.copyto(out, x)
+        return out
+
+    def wait(self) -> None:
+        pass
 
     def is_finite(self, x: Array) -> bool:
         return is_finite(x)
@@ -174,8 +190,6 @@ class CupyBackend:
         DeviceError: CuPy is not installed, or there is no such device.
     """
 
-    in_host_memory = False
-
     def __init__(self, index: int = 0) -> None:
         try:
             import cupy
@@ -194,6 +208,7 @@ class CupyBackend:
                 f"there is no CUDA device {index}: this machine has {count} (0 to {count - 1})"
             )
         self.name = f"cuda:{index}"
+        self.cuda: int | None = index
         self._cupy = cupy
         self._device = cupy.cuda.Device(index)
         with self._device:
@@ -236,8 +251,16 @@ class CupyBackend:
 
         return launch
 
-    def load(self, x: Vector) -> Array:
-        return self._staging.load(x)
+    def load(self, x: Array) -> Array:
+        return self._staging.load(x) if isinstance(x, np.ndarray) else x
+
+    def copied(self, x: Array, out: Array | None = None) -> Array:
+        return self._add_up[0](x, 1.0, out=out)
+
+    def wait(self) -> None:
+        with self._device:
+            self._looked.record(self._sums)
+            self._looked.synchronize()
 
     def is_finite(self, x: Array) -> bool:
         with self._device, self._sums:

@@ -31,7 +31,7 @@ import numpy as np
 import zmq
 from prometheus_client.core import Metric
 
-from esync import messages, transport
+from esync import device_memory, messages, transport
 from esync.algorithms import algorithm
 from esync.compression import Decoder
 from esync.config import PsConfig, RunConfig, build
@@ -76,7 +76,7 @@ from esync.ps.aggregation import (
     Published,
     Refused,
 )
-from esync.ps.backend import Backend, backend_for
+from esync.ps.backend import Array, Backend, backend_for
 from esync.ps.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
@@ -89,7 +89,7 @@ from esync.ps.delivery import Delivery
 from esync.ps.turns import Turns
 from esync.seal import TO_SERVER, TO_WORKERS, Envelope
 from esync.shared_memory import MODEL_SLOTS, UPDATE_SLOTS, Region, SharedMemoryError
-from esync.tensors import Layout, Vector
+from esync.tensors import Layout
 
 log = logging.getLogger("esync.ps")
 INITIAL_PATIENCE_S = 5.0
@@ -189,7 +189,7 @@ class TensorThread(threading.Thread):
         # id -> by how many connections, in order of arrival; evaluators under e/ID
         self._subscribers: Counter[str] = Counter()
         self._delivery = Delivery()
-        self._copies: weakref.WeakValueDictionary[tuple[int, int], Vector] = (
+        self._copies: weakref.WeakValueDictionary[tuple[int, int], Array] = (
             weakref.WeakValueDictionary()
         )  # (version, chunk) -> what is on its way of it, where the model itself is overwritten
         self._packed: tuple[Published, list[Any], int] | None = None  # what was sent last
@@ -197,8 +197,8 @@ class TensorThread(threading.Thread):
         self._memories: dict[
             str, Region
         ] = {}  # of workers on this machine, where their updates are
-        self._region: Region | None = None  # where the model is, for them
-        self._in_place = False  # the aggregation itself keeps it there
+        self._models: dict[bool, Region] = {}  # where the model is, for them: on a device or not
+        self._in_place: Region | None = None  # the one in which the aggregation itself keeps it
         self._mode = algorithm(config.mode)
         self._epoch = -1
         self._arrival: dict[str, float] = {}
@@ -281,7 +281,7 @@ class TensorThread(threading.Thread):
             self.whole, self.layout = whole, whole.shard(self.shard)
             self._decoder = Decoder(self._config.encoding, self.layout)
             extra = {"ordered": True} if self._mode.ordered else {}
-            self._memories, self._region, self._in_place = {}, None, False
+            self._memories, self._models, self._in_place = {}, {}, None
             self.aggregation = AGGREGATIONS[self._mode.aggregation](
                 self.layout, self._backend, self._config, **extra
             )
@@ -321,7 +321,7 @@ class TensorThread(threading.Thread):
             name: [None if x is None else self._backend.host(x) for x in chunks]
             for name, chunks in aggregation.snapshot().items()
         }
-        if self._in_place:  # the model is overwritten while it is written
+        if self._in_place is not None and self._backend.cuda is None:  # it will be overwritten
             arrays[MODEL] = [None if x is None else x.copy() for x in arrays[MODEL]]
         writer.put(
             Snapshot(
@@ -474,11 +474,13 @@ class TensorThread(threading.Thread):
         if message.incarnation and message.incarnation != self.incarnation:
             self.counters["incarnation"] += 1
             return
-        payload = self._shared_chunk(message) if shared else sent[0]
+        payload: Any = self._shared_chunk(message) if shared else sent[0]
         if payload is None:
             self.counters["overwritten"] += 1
             return
-        update = self._decoder.decode(message.encoding, message.chunk, payload)
+        update = payload
+        if not shared:
+            update = self._decoder.decode(message.encoding, message.chunk, payload)
         if message.steps < 0 or message.samples < 0:
             raise MessageError("bad-field", "steps and samples are not negative")
         if 0 < self._config.rounds <= self.aggregation.version:
@@ -516,28 +518,36 @@ class TensorThread(threading.Thread):
             self._memories.pop(message.worker, None)
             return
         try:
-            memory = Region.open(self.whole, UPDATE_SLOTS, message)
+            memory = device_memory.opened(self.whole, UPDATE_SLOTS, message, self._backend.cuda)
             self._memories[message.worker] = memory.part(self.whole.of_shard(self.shard))
-            if self._region is None and self._mode.barrier:
-                self._share_model(Region.create(self.layout, MODEL_SLOTS))
+            on_device = memory.device is not None
+            if on_device not in self._models and self._mode.barrier:
+                self._share_model(on_device)
         except SharedMemoryError as error:
             self._memories.pop(message.worker, None)
             why = f"no shared memory: {error}"
             self._faults.say(message.worker, "not mapped", why, level=logging.INFO)
             text = "the parameter server cannot map it"  # why is nothing for the network to know
             raise MessageError(NO_SHARED_MEMORY, text) from error
-        region = self._region or self._memories[message.worker]  # the latter has nothing to map
+        region = self._models.get(on_device) or self._memories[message.worker]  # has nothing to map
         self._send_to(message.worker, region.offer(message.worker, self.incarnation))
 
-    def _share_model(self, region: Region) -> None:
+    def _share_model(self, on_device: bool) -> None:
         """Have the model where workers of this machine can read it."""
         assert self.aggregation is not None
-        aggregation, self._region = self.aggregation, region
+        assert self.layout is not None
+        aggregation, index = self.aggregation, self._backend.cuda
+        if on_device and index is not None:
+            region = device_memory.shared(self.layout, MODEL_SLOTS, index)
+        else:
+            region = Region.create(self.layout, MODEL_SLOTS)
 
-        def room(version: int, chunk: int) -> Vector:
+        def room(version: int, chunk: int) -> Array:
             return region.begin(version % MODEL_SLOTS, chunk)
 
-        self._in_place = aggregation.move_to(room)
+        self._models[on_device] = region
+        if on_device == (index is not None) and aggregation.move_to(room):
+            self._in_place = region
         if aggregation.version >= 0:
             for i, data in enumerate(aggregation.chunks):
                 self._place(Published(aggregation.version, i, data))
@@ -546,21 +556,23 @@ class TensorThread(threading.Thread):
 
     def _place(self, event: Published) -> None:
         """A chunk of a version is final: have it in shared memory, if there is any."""
-        if self._region is not None:
-            slot = event.version % MODEL_SLOTS
-            if not self._in_place:
-                np.copyto(self._region.begin(slot, event.chunk), self._backend.host(event.data))
-            self._region.finish(slot, event.chunk, event.version)
-
-    def _is_placed(self, event: Published) -> bool:
-        """Whether a chunk of a version is in shared memory."""
         slot = event.version % MODEL_SLOTS
-        return self._region is not None and bool(
-            self._region.stamps[slot, event.chunk] == event.version
-        )
+        for region in self._models.values():
+            if region is not self._in_place and region.device is None:
+                np.copyto(region.begin(slot, event.chunk), self._backend.host(event.data))
+            elif region is not self._in_place:
+                self._backend.copied(event.data, region.begin(slot, event.chunk))
+            self._backend.wait()  # a reader waits for nothing but the stamp
+            region.finish(slot, event.chunk, event.version)
 
-    def _shared_chunk(self, message: Update) -> memoryview | None:
-        """A chunk that lies in its sender's memory; None if the sender has gone on to another round by now."""
+    def _is_placed(self, worker: str, event: Published) -> bool:
+        """Whether a chunk of a version is in shared memory that a worker reads."""
+        memory, slot = self._memories.get(worker), event.version % MODEL_SLOTS
+        region = None if memory is None else self._models.get(memory.device is not None)
+        return region is not None and bool(region.stamps[slot, event.chunk] == event.version)
+
+    def _shared_chunk(self, message: Update) -> Array | None:
+        """A chunk where it lies, in its sender's memory; None if the sender has gone on to another round by now."""
         assert self.layout is not None
         region = self._memories.get(message.worker)
         if region is None:
@@ -571,8 +583,7 @@ class TensorThread(threading.Thread):
             )
         if region.stamps[message.slot, message.chunk] != message.round:
             return None
-        chunk: Any = region.chunk(message.slot, message.chunk)
-        return memoryview(chunk.view(np.uint8))
+        return region.chunk(message.slot, message.chunk)
 
     def _fetch(self, message: Fetch) -> None:
         assert self.aggregation is not None
@@ -674,21 +685,20 @@ class TensorThread(threading.Thread):
 
     def _lasting(self, event: Published) -> Published:
         """The event with data that stays as it is until it has been sent."""
-        if not self._in_place or event.encoded is not None:
+        if self._in_place is None or event.encoded is not None:
             return event  # a published array is never written to again
-        assert self._region is not None
-        slot = event.version % MODEL_SLOTS
-        if not np.shares_memory(event.data, self._region.whole(slot)):
+        if not self._in_place.lends(event.version % MODEL_SLOTS, event.chunk, event.data):
             return event  # an average of versions
         copy = self._copies.get((event.version, event.chunk))
         if copy is None:
-            copy = self._copies[event.version, event.chunk] = event.data.copy()
+            copy = self._backend.copied(event.data)
+            self._copies[event.version, event.chunk] = copy
         return replace(event, data=copy)
 
     def _send_chunk(self, worker: str, event: Published) -> None:
         """Send a chunk to a worker: itself, when its connection takes it, or word of where in shared memory it is."""
         now = time.monotonic()
-        if worker in self._memories and self._is_placed(event):
+        if self._is_placed(worker, event):
             self._delivery.put(worker, replace(event, as_word=True), now)
         else:
             self._delivery.put(worker, self._lasting(event), now)
@@ -699,7 +709,7 @@ class TensorThread(threading.Thread):
         for event in self._delivery.next(worker):
             if not event.as_word:
                 self._delivery.sent(worker, event, self._send_data(worker, event), now)
-            elif self._is_placed(event):  # else there is another version by now
+            elif self._is_placed(worker, event):  # else there is another version by now
                 self._send_word(worker, event)
                 self._delivery.sent(worker, event, 0, now)
 
@@ -878,6 +888,7 @@ class ParameterServer:
                 "push": transport.advertised(push, state),
                 "model": transport.advertised(model, state),
                 "curve": self.config.curve,
+                "device": device_memory.uuid_of(self._backend.cuda),
             }
             client = keys.client() if keys is not None else None
             self._socket = transport.dealer(self._context, self.name, state, client)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from esync.compression import Decoder, Encoding, Plain
+from esync.device_memory import DeviceMemoryError, on_host
 from esync.messages import MessageError, Model
 from esync.shared_memory import MODEL_SLOTS, Region
 from esync.tensors import Layout, Vector
@@ -20,7 +21,7 @@ class Newest:
 
     Attributes:
         parts: its chunks, where they arrived; not to be written to. Those in shared memory are the server's own,
-            which will be overwritten.
+            which will be overwritten. If all lie in a device's memory, one part with all of them, a CuPy array.
         region, slot: the shared memory in which some of them lie: those in `shared`. shape=(chunks,), dtype=bool
     """
 
@@ -164,11 +165,14 @@ class Assembly:
         """Whether these are all chunks of a version; then it is the newest."""
         if len(parts) < len(self.layout.chunks):
             return False
-        shared = self._shared.get(version)
-        if shared:
+        shared, region = self._shared.get(version), self._region
+        if shared and region is not None:
             mask = np.isin(np.arange(len(parts)), list(shared))
             slot = version % MODEL_SLOTS
-            self.newest = Newest(version, tuple(parts), self._region, slot, mask)
+            if region.device is not None:
+                all_there = len(shared) == len(parts)
+                parts = [region.whole(slot)] if all_there else [on_host(part) for part in parts]
+            self.newest = Newest(version, tuple(parts), region, slot, mask)
         else:
             self.newest = Newest(version, tuple(parts))
         for old in [v for v in self._partial if v <= version]:
@@ -180,10 +184,18 @@ class Assembly:
         """Which life of the parameter server speaks to us."""
         if incarnation != self.incarnation:
             self.incarnation, self._region = incarnation, None
-            if self.newest is not None:  # nobody writes to the memory of the one before any more
-                self.newest = Newest(-1, self.newest.parts) if self.newest.intact() else None
+            self.newest = None if self.newest is None else self._outliving(self.newest)
             self._partial.clear()
             self._shared.clear()
+
+    def _outliving(self, newest: Newest) -> Newest | None:
+        """What there is of a version whose server is gone: nobody writes to its memory any more, but that of a device
+        may go with it."""
+        try:
+            parts = tuple(on_host(part) for part in newest.parts)
+        except DeviceMemoryError:
+            return None
+        return Newest(-1, parts) if newest.intact() else None
 
     def missing(self) -> tuple[int, list[int]]:
         """The newest incomplete version and the chunks that it lacks; (-1, []) if nothing is incomplete."""

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import zmq
 
 from esync import messages, transport
 from esync.compression import Compressor, Payload
+from esync.device_memory import Array, on_host, opened, put
 from esync.fault_log import FaultLog
 from esync.keys import ClientKeys
 from esync.messages import (
@@ -48,14 +48,14 @@ class Push:
     """An update to be sent.
 
     Attributes:
-        flat: of all shards.
+        flat: of all shards, in memory of the host or of a device.
         rounds: of each shard the version that it was computed from, or `INITIAL`.
         lives: of each shard the incarnation of the parameter server whose version that was.
         payloads: (shard, chunk) -> its encoding and bytes, once they have been sent: what is lost is sent again as it
             was.
     """
 
-    flat: Vector
+    flat: Vector | Array
     rounds: tuple[int, ...]
     lives: tuple[str, ...]
     steps: int
@@ -72,7 +72,9 @@ class Channel:
         role: `worker` or `evaluator`.
         envelope: seals what is sent and opens what comes, if the run does.
         keys: for servers whose sockets have keys themselves.
-        memory: gives the memory in which this worker's updates are put for servers on this machine, or None.
+        memories: gives the memory in which this worker's updates can be put for this server if it is on this machine,
+            the best first; none if there is none.
+        cuda: gives the CUDA device on which models are to be, as this process counts, or None.
         on_complete: a version of the shard is complete.
         on_error: the server refused something.
         on_want: the server wants chunks (none named: all) of an update again.
@@ -88,7 +90,8 @@ class Channel:
         *,
         worker: str,
         role: str,
-        memory: Callable[[], Region | None],
+        memories: Callable[[], list[Region]],
+        cuda: Callable[[], int | None],
         on_complete: Callable[[], None],
         on_error: Callable[[Error], None],
         on_want: Callable[[Channel, int, list[int]], None],
@@ -101,7 +104,9 @@ class Channel:
         self.puts = False  # updates into memory: the server has mapped it
         self.progress_at = time.monotonic()
         self._worker, self._compressor = worker, compressor
-        self._whole_memory = memory
+        self._memories, self._cuda = memories, cuda
+        self._untried: list[Region] = []  # of those, what the server has not been offered
+        self.whole: Region | None = None  # what it was offered last
         self._memory: Region | None = None  # this shard's part of it
         self._on_complete, self._on_error, self._on_want = on_complete, on_error, on_want
         self._poller, self._envelope = poller, envelope
@@ -158,7 +163,7 @@ class Channel:
         self._outgoing.append(self._envelope.pack(messages.encode(message), None, TO_SERVER))
         self.flush()
 
-    def push_chunk(self, update: Push, chunk: int, part: Vector, *, in_place: bool) -> None:
+    def push_chunk(self, update: Push, chunk: int, part: Vector | Array, *, in_place: bool) -> None:
         """Send a chunk of this shard: itself, or word that it lies in shared memory.
 
         Args:
@@ -176,13 +181,13 @@ class Channel:
         if self.puts and self._memory is not None:
             if self._memory.stamps[0, chunk] != header.round:
                 if not in_place:
-                    np.copyto(self._memory.begin(0, chunk), part)
+                    put(part, self._memory.begin(0, chunk))
                 self._memory.finish(0, chunk, header.round)
             header.slot, payload = 0, None
         else:
             key = self.shard, chunk
             if key not in update.payloads:
-                update.payloads[key] = self._compressor.encode(chunk, part, header.round)
+                update.payloads[key] = self._compressor.encode(chunk, on_host(part), header.round)
             header.encoding, payload = update.payloads[key]
         self._outgoing.append(self._envelope.pack(messages.encode(header), payload, TO_SERVER))
         self.flush()
@@ -245,11 +250,13 @@ class Channel:
         elif isinstance(message, Offer):
             self._on_offer(message)
         elif isinstance(message, Error) and message.code == NO_SHARED_MEMORY:
-            self._over_sockets(message.text)
-            again = self.puts  # it had been mapped: offer it once more, with the next model
+            self._say_why(message.text)
+            again, offered = self.puts, self._offered_at is not None
             self._share(None)
-            if again:
+            if again:  # it had been mapped: offer it once more, with the next model
                 self._offered_to = ""
+            elif offered:
+                self._offer_next()
         elif isinstance(message, Error):
             self._on_error(message)
 
@@ -285,10 +292,17 @@ class Channel:
             return
         self._offered_to = incarnation
         self._share(None)
-        whole = self._whole_memory()
-        if whole is not None:
-            self._memory = whole.part(self.chunks)
-            self._offer()
+        self._untried = self._memories()
+        self._offer_next()
+
+    def _offer_next(self) -> bool:
+        """Offer the best memory that the server has not been offered; False if there is none."""
+        if not self._untried:
+            return False
+        self.whole = self._untried.pop(0)
+        self._memory = self.whole.part(self.chunks)
+        self._offer()
+        return True
 
     def _offer(self) -> None:
         assert self._memory is not None
@@ -302,14 +316,18 @@ class Channel:
         self._offered_at = None
         try:
             if offer.fd >= 0:  # else only updates go through shared memory
-                self._share(Region.open(self.assembly.layout, MODEL_SLOTS, offer))
+                index = self._cuda() if offer.device else None
+                self._share(opened(self.assembly.layout, MODEL_SLOTS, offer, index))
             self.puts = True
         except SharedMemoryError as error:
-            self._over_sockets(str(error))
-            self.post(Offer(self._worker, "", 0, -1, "", offer.incarnation))
+            self._say_why(str(error))
+            if not self._offer_next():
+                self.post(Offer(self._worker, "", 0, -1, "", offer.incarnation))
 
-    def _over_sockets(self, why: str) -> None:
-        text = f"the exchange with parameter server {self.shard} goes over sockets: {why}"
+    def _say_why(self, why: str) -> None:
+        """Say why the memory that was offered is not used."""
+        way = "over sockets" if self.puts or not self._untried else "through memory of the host"
+        text = f"the exchange with parameter server {self.shard} goes {way}: {why}"
         self._faults.say(self._worker, NO_SHARED_MEMORY, text, level=logging.INFO)
 
     def _share(self, region: Region | None) -> None:

@@ -28,6 +28,7 @@ from esync.algorithms import algorithm
 from esync.compression import Compressor
 from esync.config import RunConfig, build
 from esync.data import partition
+from esync.device_memory import Array, put
 from esync.errors import EsyncError, ModelError
 from esync.keys import SERVER, load_client
 from esync.messages import INITIAL, Join, Report
@@ -225,6 +226,8 @@ class Worker:
         initial = self._packer.pack(params, stats)
         # Once through everything that a round needs, so that it is compiled before the run starts.
         self._packer.pack(*self._packer.unpack([initial]))
+        if self.config.overlap:
+            self._packer.merge([initial], params, stats, self._packer.snapshot(params, stats))
         if not np.isfinite(initial).all():
             raise ModelError("the initial model holds NaN or infinity")
         layout, encoding = self._packer.layout.cut(self.config.ps), self.config.encoding
@@ -235,6 +238,7 @@ class Worker:
                 Compressor(encoding, assembly.layout, (self.config.seed, self.rank, shard))
                 for shard, assembly in enumerate(model.assemblies)
             ]
+            self._shared.cuda = self._packer.cuda
             self._shared.initial = Push(
                 initial, (INITIAL,) * layout.shards, ("",) * layout.shards, 0, 0
             )
@@ -376,9 +380,7 @@ class Worker:
         assert packer is not None
         assert model is not None
         update = packer.pack(params, own, self._base, self._link.buffer())
-        if self._pushed is None:
-            self._pushed = np.empty(packer.layout.size, np.float32)
-        packer.pack(params, stats, out=self._pushed)
+        self._pushed = packer.snapshot(params, stats, self._pushed)
         overwritten = self._basis is not None and not self._basis.intact()
         with self._changed:
             round, steps, samples = session.round, session.step, session.samples
@@ -425,21 +427,27 @@ class Worker:
             shared.awaiting = None
             return model.newer
 
-    def exchange(self, update: Vector) -> Parts:
+    def exchange(self, update: Vector | Array) -> Parts:
         """Synchronise a vector at once: what `step` does when it is told to, without a tree and without a policy.
 
         For measurements, and for a model that is one vector anyway, after `start`.
 
         Args:
-            update: deltas, then values. shape=(layout.size,); not to be written to until this returns.
+            update: deltas, then values. shape=(layout.size,); not to be written to until this returns. A CuPy array
+                will do where models are on its device.
 
         Returns:
             The new global model in pieces, where they arrived: not to be written to, and as they are only until the
-            next exchange (and only for a worker that the barrier waits for). The last one if the run is over.
+            next exchange (and only for a worker that the barrier waits for). The last one if the run is over. Where
+            the parameter server has it on this worker's device, they are CuPy arrays.
         """
         session, model = self._shared.session, self._shared.model
         if session is None or model is None:
             raise EsyncError("call start before exchange")
+        if not isinstance(update, np.ndarray):
+            buffer = self._link.buffer()
+            put(update, buffer)
+            update = buffer
         self._push(Push(update, model.begun, model.lives, 1, self.config.batch_size))
         goes_on = self._await_model(session)
         with self._changed:

@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import zmq
 
-from esync import messages, transport
+from esync import device_memory, messages, transport
 from esync.compression import Compressor
+from esync.device_memory import Array
 from esync.errors import EsyncError, ProtocolError, TransportError
 from esync.fault_log import FaultLog
 from esync.keys import ClientKeys
@@ -69,6 +71,7 @@ class Shared:
     initial: Push | None = None
     accepted: bool = False  # the layout was accepted
     update: Push | None = None
+    cuda: Callable[[], int | None] = lambda: None  # the CUDA device on which models are, if any
     resumed: float | None = None  # when the running local step began; None between two steps
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -103,8 +106,8 @@ class Link(threading.Thread):
         self._keys = keys
         self._control = transport.dealer(context, join.worker, state, keys)
         self._channels: list[Channel] = []  # to the parameter servers
-        self._memory: Region | None = None  # where updates are put for those on this machine
-        self._no_memory = False  # this system has none
+        # Where updates are put for those on this machine, on a device or not; None: it is not to be had.
+        self._memories: dict[bool, Region | None] = {}
         self._poller = zmq.Poller()
         self._lost_at: float | None = None
         self._last_said = ""
@@ -191,35 +194,49 @@ class Link(threading.Thread):
                     self._send_chunk(channel, item, i)
 
     def _send_chunk(self, channel: Channel, item: Push, chunk: int) -> None:
-        model, memory = self.shared.model, self._memory
+        model, memory = self.shared.model, channel.whole
         assert model is not None
         at = model.layout.chunks[channel.chunks[chunk]]
         in_place = memory is not None and item.flat is memory.whole(0)
         channel.push_chunk(item, chunk, item.flat[at.start : at.stop], in_place=in_place)
 
-    def buffer(self) -> Vector:
+    def buffer(self) -> Vector | Array:
         """Where to put the next update, from any thread: memory that the parameter servers read, or of our own."""
-        memory, model = self._memory, self.shared.model
+        model = self.shared.model
         assert model is not None
-        if memory is not None and all(channel.puts for channel in self._channels):
+        memory = self._channels[0].whole if self._channels else None
+        if memory is not None and all(c.puts and c.whole is memory for c in self._channels):
             memory.stamps[:] = WRITING
             return memory.whole(0)
         return model.vectors.take()
 
-    def _own_memory(self) -> Region | None:
-        """Where our updates are put for parameter servers on this machine; None: over the sockets only."""
-        welcome, model = self.shared.welcome, self.shared.model
+    def _memories_for(self, shard: int) -> list[Region]:
+        """Where our updates can be put for a parameter server if that is on this machine, the best first."""
+        welcome = self.shared.welcome
         assert welcome is not None
+        if not welcome.config.get("shared_memory") or self._join.role != "worker":
+            return []
+        known = shard < len(welcome.endpoints)
+        device = welcome.endpoints[shard].get("device") if known else ""  # on which it averages
+        same = bool(device) and device == device_memory.uuid_of(self.shared.cuda())
+        found = [self._memory(on_device=True) if same else None, self._memory(on_device=False)]
+        return [memory for memory in found if memory is not None]
+
+    def _memory(self, *, on_device: bool) -> Region | None:
+        """Where our updates are put, in memory of the host or of the device on which models are."""
+        model, index = self.shared.model, self.shared.cuda() if on_device else None
         assert model is not None
-        wanted = welcome.config.get("shared_memory") and self._join.role == "worker"
-        if wanted and self._memory is None and not self._no_memory:
+        if on_device not in self._memories:
+            self._memories[on_device] = None
             try:
-                self._memory = Region.create(model.layout, UPDATE_SLOTS)
+                if index is None:
+                    made = Region.create(model.layout, UPDATE_SLOTS)
+                else:
+                    made = device_memory.shared(model.layout, UPDATE_SLOTS, index)
+                self._memories[on_device] = made
             except SharedMemoryError as error:
-                self._no_memory = True
-                name = self._join.worker
-                log.info("%s: the exchange goes over sockets: %s", name, error)
-        return self._memory
+                log.info("%s: no shared memory: %s", self._join.worker, error)
+        return self._memories[on_device]
 
     # From the servers
 
@@ -290,7 +307,8 @@ class Link(threading.Thread):
                     model.layout.of_shard(shard),
                     worker=self._join.worker,
                     role=self._join.role,
-                    memory=self._own_memory,
+                    memories=partial(self._memories_for, shard),
+                    cuda=self.shared.cuda,
                     on_complete=self._on_complete,
                     on_error=self._on_error,
                     on_want=self._on_want,

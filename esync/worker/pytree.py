@@ -1,7 +1,8 @@
 """Between a pytree of arrays and the flat float32 vector that travels.
 
 Arrays in host memory, NumPy's and JAX's on a CPU, are read where they lie and copied once, into the vector or out of
-it; arrays on an accelerator are packed and unpacked there.
+it; arrays on an accelerator are packed and unpacked there. On a CUDA device the vector may stay there, too
+(`esync.device_memory`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esync import device_memory
+from esync.device_memory import Array, DeviceMemoryError
 from esync.errors import ModelError
 from esync.tensors import DELTA, VALUE, Layout, Leaf, Parts, Pieces, Vector, layout_of
 
@@ -81,16 +84,29 @@ class Packer:
             at += leaf.size
 
     def pack(
-        self, params: Tree, stats: Tree = None, base: Any = None, out: Vector | None = None
-    ) -> Vector:
+        self, params: Tree, stats: Tree = None, base: Any = None, out: Vector | Array | None = None
+    ) -> Vector | Array:
         """The tree as a vector, deltas less `base`. shape=(layout.size,); not to be written to. `out`: where to put
-        it."""
+        it; that may be a CuPy array, where the tree is on its device. It is there on return."""
+        return self._packing.pack(self._leaves(params, stats), base, out)
+
+    def _leaves(self, params: Tree, stats: Tree) -> list[Any]:
         leaves, treedef = jax.tree_util.tree_flatten((params, stats))
         if treedef != self._treedef:
             raise ModelError(
                 f"the tree given to step is not the one given to start: {treedef} instead of {self._treedef}"
             )
-        return self._packing.pack(leaves, base, out)
+        return leaves
+
+    def cuda(self) -> int | None:
+        """The CUDA device on which the trees are, as this process counts; None if they are not on one, or if it cannot
+        be shared (see `esync.device_memory.unsupported`)."""
+        return self._packing.cuda()
+
+    def snapshot(self, params: Tree, stats: Tree, last: Any = None) -> Any:
+        """The tree as a vector that stays what it is, for `merge`. `last`: an earlier one, which is not needed any
+        more."""
+        return self._packing.snapshot(self._leaves(params, stats), last)
 
     def unpack(self, parts: Parts) -> tuple[Tree, Tree, Any]:
         """(params, stats, base) of a model: `base` is what `pack` subtracts to make its next update; it may be `parts`
@@ -99,34 +115,35 @@ class Packer:
         params, stats = jax.tree_util.tree_unflatten(self._treedef, leaves)
         return params, stats, base
 
-    def merge(
-        self, parts: Parts, params: Tree, stats: Tree, pushed: Vector
-    ) -> tuple[Tree, Tree, Any]:
-        """`unpack(parts)`, with the progress that `params` made since they were `pushed` added to it.
+    def merge(self, parts: Parts, params: Tree, stats: Tree, pushed: Any) -> tuple[Tree, Tree, Any]:
+        """`unpack(parts)`, with the progress that `params` made since they were `pushed`, a `snapshot`, added to it.
 
         Statistics are the new model's: a difference of two variances is not one.
         """
-        merged = self.pack(params, stats, out=np.empty(self.layout.size, np.float32))
-        merged -= pushed
+        leaves, base = self._packing.merge(parts, self._leaves(params, stats), pushed)
+        params, stats = jax.tree_util.tree_unflatten(self._treedef, leaves)
+        return params, stats, base
+
+    def stats_begin(self) -> int:
+        """Where the statistics begin in the vector: they are at its end."""
         for _, leaf, at in self.places():
             if leaf.path.split("/")[0] == "stats":
-                merged[at : at + leaf.size] = 0.0
-        at = 0
-        for part in parts:
-            merged[at : at + part.size] += part
-            at += part.size
-        params, stats, _ = self.unpack([merged])
-        return params, stats, self._packing.base(parts)
+                return at
+        return self.layout.size
 
 
 class _Packing(Protocol):
     def __init__(self, packer: Packer) -> None: ...
 
-    def pack(self, leaves: list[Any], base: Any, out: Vector | None) -> Vector: ...
+    def cuda(self) -> int | None: ...
+
+    def pack(self, leaves: list[Any], base: Any, out: Vector | Array | None) -> Vector | Array: ...
+
+    def snapshot(self, leaves: list[Any], last: Any) -> Any: ...
 
     def unpack(self, parts: Parts) -> tuple[list[Any], Any]: ...
 
-    def base(self, parts: Parts) -> Any: ...
+    def merge(self, parts: Parts, leaves: list[Any], pushed: Any) -> tuple[list[Any], Any]: ...
 
 
 class _InHostMemory:
@@ -134,6 +151,9 @@ class _InHostMemory:
 
     def __init__(self, packer: Packer) -> None:
         self._packer = packer
+
+    def cuda(self) -> int | None:
+        return None
 
     def pack(self, leaves: list[Any], base: Any, out: Vector | None) -> Vector:
         flat = np.empty(self._packer.layout.size, np.float32) if out is None else out
@@ -165,9 +185,22 @@ class _InHostMemory:
                 put if _address(put) != _address(leaf) else jax.device_put(leaf.copy(), device)
                 for put, leaf in zip(jax.device_put(leaves, device), leaves, strict=True)
             ]
-        return leaves, self.base(parts)
+        return leaves, self._base(parts)
 
-    def base(self, parts: Parts) -> Any:
+    def snapshot(self, leaves: list[Any], last: Any) -> Any:
+        return self.pack(leaves, None, last)
+
+    def merge(self, parts: Parts, leaves: list[Any], pushed: Any) -> tuple[list[Any], Any]:
+        merged = self.pack(leaves, None, None)
+        merged -= pushed
+        merged[self._packer.stats_begin() :] = 0.0
+        at = 0
+        for part in parts:
+            merged[at : at + part.size] += part
+            at += part.size
+        return self.unpack([merged])[0], self._base(parts)
+
+    def _base(self, parts: Parts) -> Any:
         packer = self._packer
         if packer._exact:
             return parts
@@ -192,21 +225,41 @@ class _OnDevice:
     def __init__(self, packer: Packer) -> None:
         self._packer = packer
         self._pack, self._unpack = jax.jit(self._packed), jax.jit(self._unpacked)
+        self._merge = jax.jit(self._merged)
 
-    def pack(self, leaves: list[Any], base: Any, out: Vector | None) -> Vector:
-        flat = np.asarray(self._pack(leaves, jnp.float32(0) if base is None else base))
+    def cuda(self) -> int | None:
+        try:
+            one = jax.device_put(np.zeros(1, np.float32), self._packer._device)
+            return int(device_memory.from_jax(one).device.id)
+        except DeviceMemoryError:
+            return None
+
+    def pack(self, leaves: list[Any], base: Any, out: Vector | Array | None) -> Vector | Array:
+        flat = self._pack(leaves, jnp.float32(0) if base is None else base)
         if out is None:
-            return flat
-        out[:] = flat
+            return np.asarray(flat)
+        if isinstance(out, np.ndarray):
+            out[:] = np.asarray(flat)
+        else:
+            device_memory.put(device_memory.from_jax(flat), out)
         return out
 
+    def snapshot(self, leaves: list[Any], last: Any) -> Any:
+        return self._pack(leaves, jnp.float32(0))
+
     def unpack(self, parts: Parts) -> tuple[list[Any], Any]:
-        there = jax.device_put(list(parts), self._packer._device)
-        leaves, base = self._unpack(there)
+        leaves, base = self._unpack(self._there(parts))
         return leaves, base
 
-    def base(self, parts: Parts) -> Any:
-        return self.unpack(parts)[1]
+    def merge(self, parts: Parts, leaves: list[Any], pushed: Any) -> tuple[list[Any], Any]:
+        leaves, base = self._merge(self._there(parts), leaves, pushed)
+        return leaves, base
+
+    def _there(self, parts: Parts) -> Any:
+        """The parts as arrays of JAX; those that lie on the device are lent, and not copied."""
+        lent = device_memory.lent_to_jax
+        arrays = [part if isinstance(part, np.ndarray) else lent(part) for part in parts]
+        return jax.device_put(arrays, self._packer._device)
 
     def _packed(self, leaves: list[Any], base: Any) -> Any:
         order = self._packer._order
@@ -224,6 +277,15 @@ class _OnDevice:
         held = self._packed(leaves, jnp.float32(0))
         base = jnp.where(jnp.arange(layout.size) < layout.deltas, held, jnp.float32(0))
         return leaves, base
+
+    def _merged(self, parts: Any, leaves: list[Any], pushed: Any) -> tuple[list[Any], Any]:
+        packer = self._packer
+        moved = self._packed(leaves, jnp.float32(0)) - pushed
+        moved = jnp.where(
+            jnp.arange(packer.layout.size) < packer.stats_begin(), moved, jnp.float32(0)
+        )
+        merged = jnp.concatenate(parts) + moved
+        return self._unpacked([merged])[0], self._unpacked(parts)[1]
 
 
 def _device_of(arrays: list[Any]) -> Any:
