@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,9 @@ def untrained(file: dict[str, Any], **run: Any) -> tuple[VirtualCluster, list[Ro
 class Cluster:
     """Workers of given paces, without a limit of the network.
 
+    A barrier waits here for whoever it is told to: paces change as wildly as a generator of tests likes, and who is
+    late is not what they are about (`tests/test_deadline.py`).
+
     Args:
         config: the run; `workers` is how many it starts with.
         delay_s: how long every message takes.
@@ -166,7 +169,7 @@ class Cluster:
         events, rounds, lessons = Events(), Rounds(), Untrained()
         self._network = Delays(delay_s, events)
         self._virtual = VirtualCluster(
-            config,
+            replace(config, deadline_s=0.0),
             LAYOUT,
             lessons.initial(),
             events,
