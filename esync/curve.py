@@ -109,8 +109,9 @@ class Client(zmq.Socket[bytes]):
         )
 
     def _look(self) -> None:
-        while self._outcomes is not None and self._outcomes.poll(0):
-            event = recv_monitor_message(self._outcomes)["event"]
+        outcomes = self._outcomes
+        while outcomes is not None and int(outcomes.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            event = recv_monitor_message(outcomes)["event"]
             if event == zmq.EVENT_DISCONNECTED:
                 if self._failed == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                     self._last = event

@@ -156,3 +156,18 @@ def test_a_worker_whose_connection_is_gone_and_who_is_silent_is_soon_evicted():
     assert error.code == "wrong-id"
     server.gets(Lost("a", "c"))  # a worker may not say it
     assert members_of(wait(server, 3.0, "a")) == []
+
+
+def test_a_worker_that_comes_in_the_middle_of_a_round_has_its_own_time():
+    server = habitual(deadline_s=20.0)
+    server.tick(4.0)
+    arrives(server, "a")
+    arrives(server, "b")
+    wait(server, 12.0, "a", "b", "c")  # the others have gone on without c by now
+    assert not server.table.records["c"].active
+    for _ in range(8):  # and nothing is published: they wait for another
+        server.gets(Report("ps", 5, 0, "serving"))
+        server.tick(0.5)
+    server.gets(Query("c", 5, 0))
+    assert server.table.records["c"].active
+    assert not members_of(wait(server, 3.0, "a", "b", "c")), "it has only begun"

@@ -14,13 +14,15 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import faults
 
 
-def namespaces() -> bool:
-    """Whether this process may make network namespaces."""
+def without_namespaces() -> str:
+    """What is missing to make network namespaces; empty if nothing is."""
     try:
         faults.Network().close()
-    except (subprocess.CalledProcessError, OSError):
-        return False
-    return True
+    except FileNotFoundError:
+        return "there is no `ip`: apt-get install iproute2"
+    except subprocess.CalledProcessError as error:
+        return f"this process may not: run it as root ({error.stderr.decode().strip()})"
+    return ""
 
 
 def hurt(name: str, workers: int, times: int, seconds: float) -> dict[str, Any]:
@@ -52,8 +54,6 @@ def test_garbage_changes_nothing() -> None:
 
 
 def test_workers_whose_network_is_gone_for_a_while_come_back() -> None:
-    if not namespaces():
-        pytest.skip(
-            "making network namespaces takes rights that this process has not (run it as root)"
-        )
+    if why := without_namespaces():
+        pytest.skip(f"no network namespaces: {why}")
     hurt("cut", 3, 1, 18.0)

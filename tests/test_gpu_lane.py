@@ -33,7 +33,8 @@ from tests.cluster import Cluster
 from tests.cupy_stand_in import Gpu, stand_in
 
 pytestmark = pytest.mark.skipif(
-    not shared_memory.SUPPORTED, reason="this system has no memfd: sockets carry everything"
+    not shared_memory.SUPPORTED,
+    reason="this system has no memfd (it takes Linux): sockets carry everything",
 )
 SIZE = 1000
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from esync import keys
 from tests.processes import ENVIRONMENT, QUICK, ROOT, Processes
 
 
@@ -311,3 +312,37 @@ def _living(mark: str) -> list[str]:
             if mark in line:
                 found.append(line)
     return found
+
+
+def test_ctrl_c_at_esync_run_makes_one_model_of_two_servers_parts(
+    processes: Processes, tmp_path: Path
+) -> None:
+    options = ["--runs", str(tmp_path / "runs"), "--name", "it", "--ps", "2", "--rounds", "0"]
+    run = processes.start("run", "esync.run.cli", str(_cluster(tmp_path)), *options, "--plain")
+    journal = tmp_path / "runs" / "it" / "state.jsonl"
+    processes.until(lambda: journal.exists() and '"round": 3' in journal.read_text(), "rounds")
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 130, processes.output("run")
+    found = {path.name for path in (tmp_path / "runs" / "it").glob("*.safetensors")}
+    assert found == {"model.safetensors"}
+
+
+def test_servers_read_the_keys_of_the_cluster_file_and_an_evaluator_has_a_worker_s_id(
+    processes: Processes, tmp_path: Path
+) -> None:
+    """The parameter server's table has an empty one, as esync-run writes it."""
+    keys.make(tmp_path / "keys", ["gpu"])
+    path = tmp_path / "c.toml"
+    path.write_text(
+        f'[run]\nmode = "sync"\nmodel = "mlp"\ndataset = "digits"\nrounds = 3\n[state]\n'
+        f'bind = "tcp://127.0.0.1:*"\nkeys = "{tmp_path / "keys"}"\n[ps]\nkeys = ""\n[[workers]]\n'
+    )
+    processes.start("state", "esync.state.cli", "--config", str(path))
+    endpoint = processes.wait_for("state", r"state server at (tcp://\S+):").group(1)
+    processes.start("ps", "esync.ps.cli", "--config", str(path), "--connect", endpoint)
+    joins = ["--connect", endpoint, "--keys", str(tmp_path / "keys" / "gpu.key")]
+    processes.start("evaluator", "esync.worker.cli", "--evaluate", *joins)
+    processes.start("worker", "esync.worker.cli", *joins)
+    for process in processes.started:
+        assert process.wait(60) == 0, [processes.output(n) for n in ("ps", "evaluator", "worker")]
+    assert "gpu-evaluator joined" in processes.output("evaluator")

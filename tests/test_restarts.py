@@ -8,10 +8,13 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from esync.messages import Join, Report, Reset, Welcome
+from esync.messages import Join, Leave, Model, Report, Reset, Welcome
+from esync.tensors import DELTA, Layout, Leaf
+from esync.worker.assembly import Shards
 from tests.processes import QUICK
 from tests.test_handlers import ENDPOINTS, Server, running, to
 
@@ -289,3 +292,41 @@ def test_esync_run_starts_a_server_again_that_dies(processes, tmp_path, role):
     summary = json.loads((runs / "it" / "summary.json").read_text())
     assert summary["rounds"] == 80
     assert summary["final_accuracy"] > 0.5
+
+
+def test_a_parameter_server_that_comes_back_before_the_start_is_known_to_who_waits():
+    server = Server(workers=2, mode="sync")
+    server.ps()
+    server.gets(Join("a", "worker"))
+    server.gets(Leave("ps", "stopped"))
+    sent = server.gets(Join("ps", "ps", endpoints={**ENDPOINTS, "push": "tcp://ps:77"}))
+    (welcome,) = [m for m in to("a", sent) if isinstance(m, Welcome)]
+    assert welcome.endpoints[0]["push"] == "tcp://ps:77"
+
+
+def test_what_is_saved_does_not_grow_with_the_run():
+    server = running("a", mode="sync")
+    for version in range(1, 3001):
+        server.gets(Reset("ps", version, {}))
+    saved = server.handlers.saved()
+    assert saved["history"]["version"] == 3000
+    assert len(saved["history"]["version_s"]) == 1000
+
+
+def test_a_round_that_begins_while_another_life_speaks_is_still_the_old_one_s():
+    """The training thread has read a model, and the server comes back before the round begins."""
+    layout = Layout((Leaf(DELTA, "w", (3,), "float32"),))
+    shards = Shards(layout)
+
+    def arrives(life, version):
+        header = Model(life, version, 0, layout.digest)
+        shards.assemblies[0].add(header, memoryview(np.zeros(3, np.float32).tobytes()))
+
+    arrives("first", 9)
+    read = shards.newest
+    shards.assemblies[0].served_by("second")
+    shards.begin(read)
+    arrives("second", 4)
+    assert shards.newer, "an older version, but of the server that there is"
+    shards.begin(shards.newest)
+    assert not shards.newer

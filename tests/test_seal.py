@@ -25,7 +25,7 @@ PAYLOAD = b"a chunk of a model"
 def with_and_without_into(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of calling the library, the second for its older versions."""
     if request.param and not seal._INTO:
-        pytest.skip("this version of cryptography only returns copies")
+        pytest.skip("this cryptography only returns copies: pip install 'cryptography>=47'")
     monkeypatch.setattr(seal, "_INTO", request.param)
 
 

@@ -349,7 +349,7 @@ def test_a_model_of_more_than_2_gb_is_laid_out_and_put_together():
     np.testing.assert_array_equal(pieces.whole(BIG - 5, 5), np.ones(5))
 
 
-@pytest.mark.skipif(not shared_memory.SUPPORTED, reason="this system has no memfd")
+@pytest.mark.skipif(not shared_memory.SUPPORTED, reason="this system has no memfd: it takes Linux")
 def test_chunks_beyond_2_gb_in_shared_memory_are_the_right_ones():
     """The memory is sparse: only what is touched takes any."""
     layout = Layout((Leaf(DELTA, "w", (BIG,), "float32"),)).cut(2)

@@ -33,7 +33,8 @@ from esync.worker.client import Worker
 from tests.cluster import Cluster
 
 pytestmark = pytest.mark.skipif(
-    not shared_memory.SUPPORTED, reason="this system has no memfd: sockets carry everything"
+    not shared_memory.SUPPORTED,
+    reason="this system has no memfd (it takes Linux): sockets carry everything",
 )
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -189,14 +189,12 @@ class TensorThread(threading.Thread):
         # id -> by how many connections, in order of arrival; evaluators under e/ID
         self._subscribers: Counter[str] = Counter()
         self._delivery = Delivery()
-        self._copies: weakref.WeakValueDictionary[tuple[int, int], Array] = (
-            weakref.WeakValueDictionary()
-        )  # (version, chunk) -> what is on its way of it, where the model itself is overwritten
+        # (version, chunk) -> what is on its way of it, where the model itself is overwritten
+        self._copies: weakref.WeakValueDictionary[tuple[int, int], Array]
+        self._copies = weakref.WeakValueDictionary()
         self._packed: tuple[Published, list[Any], int] | None = None  # what was sent last
         self._members: frozenset[str] = frozenset()
-        self._memories: dict[
-            str, Region
-        ] = {}  # of workers on this machine, where their updates are
+        self._memories: dict[str, Region] = {}  # of workers here, where their updates are
         self._models: dict[bool, Region] = {}  # where the model is, for them: on a device or not
         self._in_place: Region | None = None  # the one in which the aggregation itself keeps it
         self._mode = algorithm(config.mode)
@@ -484,9 +482,8 @@ class TensorThread(threading.Thread):
         if message.steps < 0 or message.samples < 0:
             raise MessageError("bad-field", "steps and samples are not negative")
         if 0 < self._config.rounds <= self.aggregation.version:
-            self.counters["after-the-end"] += (
-                1  # the last version is the last, however fast the workers are
-            )
+            # The last version is the last, however fast the workers are.
+            self.counters["after-the-end"] += 1
             return
         self.bytes_up += payload.nbytes
         self.bytes_shared += payload.nbytes if shared else 0

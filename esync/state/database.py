@@ -65,6 +65,7 @@ class Record:
         ready: it was told to synchronise, after `goal` steps.
         arrived: it is synchronising: its update is on the way.
         finished: the last round whose steps it finished, and when.
+        active_at: since when.
         arrivals: how many seconds after the beginning of its last rounds it arrived.
         clock: how many rounds it finished.
         width: the share of each layer's units that it trains (1: the whole model).
@@ -86,6 +87,7 @@ class Record:
     heard: float = 0.0
     suspected: float | None = None
     active: bool = False
+    active_at: float = 0.0
     round: int = -1
     step: int = 0
     since: float = 0.0
@@ -133,10 +135,10 @@ class Table:
             self._slowest = None
         return record
 
-    def activate(self, record: Record) -> None:
+    def activate(self, record: Record, now: float = 0.0) -> None:
         """From now on the worker is expected at the barrier."""
         record.clock = self.behind()
-        record.active = True
+        record.active, record.active_at = True, now
         self._slowest = None
 
     def suspend(self, record: Record) -> None:

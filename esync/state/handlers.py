@@ -428,7 +428,7 @@ class Handlers:
         if record.role != "worker":
             raise MessageError("bad-role", f"a {record.role} does not train")
         if not record.active:
-            self.table.activate(record)
+            self.table.activate(record, now)
             self._members_changed()
         self._at_gate[record.worker] = message
         if self.started is None:
@@ -630,12 +630,13 @@ class Handlers:
         """Let a barrier go on without whoever others wait for, and who is far beyond its habit."""
         if not self.config.deadline_s or not algorithm(self.config.mode).barrier:
             return
-        members, waited = self._members(), now - self._round_at
+        members = self._members()
         here = [r for r in members if r.arrived and r.round == self.history.version]
         for record in members if here else ():
             if record in here:
                 continue
             floor, ceiling = self.config.deadline_floor_s, self.config.deadline_s
+            waited = now - max(self._round_at, record.active_at)  # if it came in the round's middle
             if waited > deadline_s(record.arrivals, floor, ceiling):
                 self._suspend(record, waited, now)
 

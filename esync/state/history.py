@@ -17,6 +17,8 @@ TOTALS = ("steps", "samples", "compute_s", "query_s", "sync_s", "eval_s")
 """A worker's running totals: local steps, samples, and seconds by what they were spent on."""
 
 
+SAVED = 1000
+"""Of so many versions it is saved when they were published: the others have been evaluated, or never are."""
 EVICTED, REPLACED, SPEECHLESS = "evicted", "came back as a new process", "never said goodbye"
 """How the reasons begin for which the state server itself removes a worker."""
 
@@ -84,7 +86,7 @@ class History:
         """What `restore` goes on from; of workers only what they do not report again themselves."""
         return {
             "version": self.version,
-            "version_s": [[version, t] for version, t in self.version_s.items()],
+            "version_s": [[v, t] for v, t in self.version_s.items() if v > self.version - SAVED],
             "accuracy": self.accuracy,
             "bytes": [self.bytes_up, self.bytes_down],
             "split_digest": self.split_digest,

@@ -27,8 +27,8 @@ from esync.state.handlers import TICK_S, Handlers, StopRun, Tick
 
 SAVED = "state.json"
 """The file in a run's directory from which another life of the state server goes on."""
-SAVE_S = 1.0
-"""Seconds between two looks whether it is out of date."""
+SAVE_S, SAVE_SHARE = 1.0, 0.02
+"""Seconds between two writings, at least; and what share of the time they may take, in a run with a long history."""
 
 
 class StateServer:
@@ -86,7 +86,6 @@ class StateServer:
             finished=self._server.stop,
             run_key=seal.new_key() if checked else b"",
         )
-        self._saved: dict[str, Any] = {}
         if resume:
             self._restore(say)
         for kind, handler in self.handlers.table_of_handlers().items():
@@ -124,17 +123,14 @@ class StateServer:
         """Have on disk what another life needs."""
         if self._run_dir is None:
             return
-        saved = self.handlers.saved()
-        if saved != self._saved:
-            self._saved = saved
-            path = self._run_dir / SAVED
-            part = path.with_suffix(".part")
-            try:
-                part.write_text(json.dumps(saved), encoding="utf-8")
-                part.replace(path)
-            except OSError as error:
-                text = f"cannot write {path}: {error}"
-                self.handlers.faults.say("the state server", "disk", text, level=logging.ERROR)
+        path = self._run_dir / SAVED
+        part = path.with_suffix(".part")
+        try:
+            part.write_text(json.dumps(self.handlers.saved()), encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            text = f"cannot write {path}: {error}"
+            self.handlers.faults.say("the state server", "disk", text, level=logging.ERROR)
 
     def _page(self, host: str, port: int) -> MetricsPage:
         return MetricsPage(host, port, self._metrics, lambda: metrics.health(self.handlers))
@@ -158,7 +154,7 @@ class StateServer:
         return summary
 
     async def _tick(self) -> None:
-        saved_at = time.monotonic()
+        save_at = time.monotonic() + SAVE_S
         while True:
             before = time.monotonic()
             await asyncio.sleep(TICK_S)
@@ -166,9 +162,10 @@ class StateServer:
             if self._allowed is not None:
                 self._allowed.refresh()  # so that a revoked key is not heard any more
             self._server.post(Tick(late_s if late_s > 1.0 else 0.0))
-            if time.monotonic() - saved_at >= SAVE_S:
-                saved_at = time.monotonic()
+            if (began := time.monotonic()) >= save_at:
                 self._save()
+                ended = time.monotonic()
+                save_at = ended + max(SAVE_S, (ended - began) / SAVE_SHARE)
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:

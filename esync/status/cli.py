@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def main(endpoint: str, keys: str | None, watch: bool, as_json: bool, wait: floa
     keys = keys or os.environ.get(transport.KEYS)
     own = load_client(keys) if keys else None
     cli.interrupt_on_sigterm()
-    with Inquiry(where, "status", own) as inquiry:
+    with closing(Inquiry(where, "status", own)) as inquiry:
         inquiry.first(wait)
         if as_json:
             _show_json(inquiry, watch, wait)

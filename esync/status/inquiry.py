@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from types import TracebackType
 from typing import Any
 
 import zmq
@@ -94,14 +93,3 @@ class Inquiry:
 
     def close(self) -> None:
         self._socket.close(0)
-
-    def __enter__(self) -> Inquiry:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -22,11 +22,13 @@ class Newest:
     Attributes:
         parts: its chunks, where they arrived; not to be written to. Those in shared memory are the server's own,
             which will be overwritten. If all lie in a device's memory, one part with all of them, a CuPy array.
+        life: the incarnation of the parameter server whose version it is.
         region, slot: the shared memory in which some of them lie: those in `shared`. shape=(chunks,), dtype=bool
     """
 
     version: int
     parts: tuple[Vector, ...]
+    life: str = ""
     region: Region | None = None
     slot: int = -1
     shared: np.ndarray[Any, np.dtype[np.bool_]] | None = None
@@ -48,6 +50,10 @@ class Whole:
     @property
     def versions(self) -> tuple[int, ...]:
         return tuple(shard.version for shard in self.shards)
+
+    @property
+    def lives(self) -> tuple[str, ...]:
+        return tuple(shard.life for shard in self.shards)
 
     @property
     def version(self) -> int:
@@ -172,9 +178,9 @@ class Assembly:
             if region.device is not None:
                 all_there = len(shared) == len(parts)
                 parts = [region.whole(slot)] if all_there else [on_host(part) for part in parts]
-            self.newest = Newest(version, tuple(parts), region, slot, mask)
+            self.newest = Newest(version, tuple(parts), self.incarnation, region, slot, mask)
         else:
-            self.newest = Newest(version, tuple(parts))
+            self.newest = Newest(version, tuple(parts), self.incarnation)
         for old in [v for v in self._partial if v <= version]:
             del self._partial[old]
             self._shared.pop(old, None)
@@ -195,7 +201,7 @@ class Assembly:
             parts = tuple(on_host(part) for part in newest.parts)
         except DeviceMemoryError:
             return None
-        return Newest(-1, parts) if newest.intact() else None
+        return Newest(-1, parts, newest.life) if newest.intact() else None
 
     def missing(self) -> tuple[int, list[int]]:
         """The newest incomplete version and the chunks that it lacks; (-1, []) if nothing is incomplete."""
@@ -248,8 +254,7 @@ class Shards:
 
     def begin(self, whole: Whole) -> None:
         """A round begins from this model."""
-        self.begun = whole.versions
-        self.lives = tuple(assembly.incarnation for assembly in self.assemblies)
+        self.begun, self.lives = whole.versions, whole.lives
 
     @property
     def newest(self) -> Whole | None:

@@ -378,10 +378,8 @@ class Link(threading.Thread):
         shared = self.shared
         lost = transport.is_lost(self._control)
         if self._lost_at is not None and not lost and now - self._lost_at > LONG_LOST_S:
-            for (
-                channel
-            ) in self._channels:  # the same network was gone: do not wait for TCP to find out
-                channel.connect_again()
+            for channel in self._channels:
+                channel.connect_again()  # the same network was gone: TCP would find out later
         self._lost_at = (self._lost_at or now) if lost else None
         if not self._answered:
             if why := transport.refusal(self._control):
