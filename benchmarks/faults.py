@@ -33,6 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
+from esync import messages, transport
+
 console = Console(width=150)
 ENVIRONMENT = {
     **os.environ,
@@ -271,18 +273,22 @@ def stopped_worker(made: Cluster, seconds: float, times: int, rng: random.Random
 
 
 def garbage(made: Cluster, seconds: float, times: int, rng: random.Random) -> None:
-    """10 MB/s of random frames at each socket."""
+    """10 MB/s of random frames at each socket, from a stranger and from a guest who has been told the token."""
     context: zmq.Context[Any] = zmq.Context()
-    endpoints = made.events("ps", "welcome")[-1]["endpoints"]
+    endpoints = _overheard(context, made.endpoint)
     sockets = []
-    for kind, endpoint in (
-        (zmq.DEALER, made.endpoint),
-        (zmq.PUSH, endpoints["push"]),
-        (zmq.XSUB, endpoints["model"]),
+    for kind, endpoint, token in (
+        (zmq.DEALER, made.endpoint, ""),
+        (zmq.PUSH, endpoints["push"], ""),
+        (zmq.XSUB, endpoints["model"], ""),
+        (zmq.PUSH, endpoints["push"], endpoints["token"]),
+        (zmq.XSUB, endpoints["model"], endpoints["token"]),
     ):
         socket = context.socket(kind)
         socket.linger = 0
         socket.setsockopt(zmq.SNDHWM, 100)
+        if token:
+            socket.setsockopt(zmq.PLAIN_PASSWORD, token.encode())
         socket.connect(endpoint)
         sockets.append(socket)
     made.hurt()
@@ -299,6 +305,18 @@ def garbage(made: Cluster, seconds: float, times: int, rng: random.Random) -> No
         time.sleep(0.01)
     console.print(f"  garbage sent: {', '.join(f'{n / 1e6:.0f} MB' for n in sent)}")
     context.destroy(linger=0)
+
+
+def _overheard(context: zmq.Context[Any], state: str) -> dict[str, Any]:
+    """What a guest is told of the parameter server: one who joins and does not stay."""
+    with transport.dealer(context, "guest", state) as socket:
+        socket.send(messages.encode(messages.Join("guest", "evaluator", life="1")))
+        if not socket.poll(10_000):
+            raise RuntimeError(f"{state} does not answer")
+        welcome = messages.decode(socket.recv())
+        socket.send(messages.encode(messages.Leave("guest", "seen enough", "1")))
+    assert isinstance(welcome, messages.Welcome), welcome
+    return dict(welcome.endpoints[0])
 
 
 def cut(made: Cluster, seconds: float, times: int, rng: random.Random) -> None:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import zmq
 
-from esync import curve, messages
+from esync import handshake, messages
 from esync.fault_log import FaultLog
 from esync.messages import Error, Message, MessageError
 
@@ -147,7 +147,7 @@ class MessageServer:
                 frame = socket.recv(NOBLOCK, copy=False)
             except zmq.Again:
                 break
-            key = curve.user_of(frame) if self._check is not None else ""
+            key = handshake.user_of(frame) if self._check is not None else ""
             if frame.more:
                 queue.append((peer, [frame.bytes, *socket.recv_multipart(NOBLOCK)], key))
             else:

@@ -205,23 +205,6 @@ class Envelope:
         payload = self._opener.open(frames[1], frames[0], *about)
         return memoryview(frames[0]), [payload] if payload.nbytes else [], sender_of(frames[1])
 
-    def pack_alone(self, message: bytes, *about: ReadableBuffer) -> bytes:
-        """A message in a single frame, which begins with none of the bytes that ZeroMQ takes for a subscription."""
-        if self._sealer is None:
-            return message
-        return b"\x02" + self._sealer.seal(message, *about)
-
-    def unpack_alone(self, frame: ReadableBuffer, *about: ReadableBuffer) -> tuple[memoryview, str]:
-        """(message, who sealed it) of what `pack_alone` made.
-
-        Raises:
-            MessageError: `bad-seal`.
-        """
-        if self._opener is None:
-            return memoryview(frame), ""
-        sealed = memoryview(frame)[1:]
-        return self._opener.open(sealed, *about), sender_of(sealed)
-
 
 def sender_of(sealed: ReadableBuffer) -> str:
     """Whose message it says it is; true, as far as members are honest, once it has been opened.

@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 
 import zmq
 
-from esync import curve
+from esync import handshake
 from esync.errors import TransportError
+from esync.handshake import Gate, Token
 from esync.keys import ClientKeys, ServerKeys
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ MAX_CONTROL_BYTES = 4 << 20
 """Largest frame on the control channel."""
 MAX_CHUNK_BYTES = 4 << 20
 """Largest frame on the data channel; chunks are at most 2 MiB."""
+MAX_TOPIC_BYTES = 4096
+"""Largest frame that comes in where models go out: a subscription."""
 CHUNKS_RECEIVED = 1
 """Chunks of each worker that wait at the parameter server to be looked at: they are what its memory grows by."""
 CHUNKS_SENT = 64
@@ -100,7 +103,7 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, *, insecure: bool = False) ->
             the socket has no keys and `insecure` was not said.
     """
     check_endpoint(endpoint)
-    if not is_local(endpoint) and not insecure and not curve.encrypts(socket):
+    if not is_local(endpoint) and not insecure and not handshake.encrypts(socket):
         raise TransportError(
             f"{endpoint} can be reached from other machines, and nothing on it is encrypted or "
             "authenticated; bind to 127.0.0.1, make keys (esync-keys init) and pass --keys, or pass --insecure "
@@ -159,15 +162,20 @@ def _own_address(target: str) -> str:
 
 
 def _socket_of(
-    context: zmq.Context[Any], kind: int, max_bytes: int, keys: ServerKeys | ClientKeys | None
+    context: zmq.Context[Any],
+    kind: int,
+    max_bytes: int,
+    keys: ServerKeys | Gate | ClientKeys | Token | None,
 ) -> zmq.Socket[bytes]:
     socket: zmq.Socket[bytes]
-    if isinstance(keys, ServerKeys):
-        socket = curve.server(context, kind, keys)
-    elif keys is not None:
-        socket = curve.client(context, kind, keys)
+    if isinstance(keys, ServerKeys | Gate):
+        socket = handshake.server(context, kind, keys)
+    elif isinstance(keys, ClientKeys):
+        socket = handshake.client(context, kind, keys)
     else:
         socket = context.socket(kind)
+        if keys is not None:
+            socket.setsockopt(zmq.PLAIN_PASSWORD, keys.text.encode())
     socket.linger = LINGER_MS
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
     return socket
@@ -186,7 +194,7 @@ def dealer(
     context: zmq.Context[Any], identity: str, endpoint: str, keys: ClientKeys | None = None
 ) -> zmq.Socket[bytes]:
     """A connected control socket whose identity is the worker's id; `refusal` and `is_lost` say how it fares."""
-    socket = curve.client(context, zmq.DEALER, keys)
+    socket = handshake.client(context, zmq.DEALER, keys)
     socket.linger = LINGER_MS
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_CONTROL_BYTES)
     socket.setsockopt(zmq.ROUTING_ID, identity.encode())
@@ -216,16 +224,16 @@ def _heartbeats(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
 
 
-def pull(context: zmq.Context[Any], keys: ServerKeys | None = None) -> zmq.Socket[bytes]:
+def pull(context: zmq.Context[Any], keys: ServerKeys | Gate | None = None) -> zmq.Socket[bytes]:
     """Where updates arrive. The high-water mark counts chunks, and so bounds memory."""
     socket = _socket_of(context, zmq.PULL, MAX_CHUNK_BYTES, keys)
     # libzmq queues the credentials of a connection with keys as a first message, and never counts it as taken off.
-    socket.setsockopt(zmq.RCVHWM, CHUNKS_RECEIVED + (keys is not None))
+    socket.setsockopt(zmq.RCVHWM, CHUNKS_RECEIVED + isinstance(keys, ServerKeys))
     return socket
 
 
 def push(
-    context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None = None
+    context: zmq.Context[Any], endpoint: str, keys: ClientKeys | Token | None = None
 ) -> zmq.Socket[bytes]:
     """Where a worker's updates leave."""
     socket = _socket_of(context, zmq.PUSH, MAX_CHUNK_BYTES, keys)
@@ -233,9 +241,9 @@ def push(
     return _connect(socket, endpoint)
 
 
-def xpub(context: zmq.Context[Any], keys: ServerKeys | None = None) -> zmq.Socket[bytes]:
+def xpub(context: zmq.Context[Any], keys: ServerKeys | Gate | None = None) -> zmq.Socket[bytes]:
     """Where models leave; every subscription and unsubscription is seen by the parameter server."""
-    socket = _socket_of(context, zmq.XPUB, MAX_CONTROL_BYTES, keys)
+    socket = _socket_of(context, zmq.XPUB, MAX_TOPIC_BYTES, keys)
     socket.setsockopt(zmq.XPUB_VERBOSER, 1)
     # What is on its way to a subscriber is bounded where it is sent (esync/ps/delivery.py). This is for a connection
     # that a worker has left behind when its network was gone: it takes nothing any more until it is given up.
@@ -244,13 +252,16 @@ def xpub(context: zmq.Context[Any], keys: ServerKeys | None = None) -> zmq.Socke
     return socket
 
 
-def xsub(
-    context: zmq.Context[Any], endpoint: str, topic: bytes, keys: ClientKeys | None = None
+def sub(
+    context: zmq.Context[Any],
+    endpoint: str,
+    topic: bytes,
+    keys: ClientKeys | Token | None = None,
 ) -> zmq.Socket[bytes]:
-    """Where a worker's models arrive, and by which it says what it has: what it sends goes upstream."""
-    socket = _socket_of(context, zmq.XSUB, MAX_CHUNK_BYTES, keys)
+    """Where a worker's models arrive."""
+    socket = _socket_of(context, zmq.SUB, MAX_CHUNK_BYTES, keys)
     socket.setsockopt(zmq.RCVHWM, 10_000)
-    socket.send(b"\x01" + topic)
+    socket.setsockopt(zmq.SUBSCRIBE, topic)
     return _connect(socket, endpoint)
 
 
@@ -267,12 +278,12 @@ def hostname() -> str:
 def refusal(socket: zmq.Socket[bytes]) -> str:
     """Why the server does not let this connected socket in; empty if it does, nothing is known yet, or there are no
     keys."""
-    return socket.refusal() if isinstance(socket, curve.Client) else ""
+    return socket.refusal() if isinstance(socket, handshake.Client) else ""
 
 
 def is_lost(socket: zmq.Socket[bytes]) -> bool:
     """Whether a `dealer` had a connection, and has none now."""
-    return isinstance(socket, curve.Client) and socket.is_lost()
+    return isinstance(socket, handshake.Client) and socket.is_lost()
 
 
 def no_state_server(endpoint: str, waited_s: float) -> str:

@@ -137,6 +137,17 @@ class Cluster:
             self.endpoint, name=name, rank=rank, context=self.context, wait_s=20, **options
         )
 
+    def intruder(self, kind: int, what: str, **options: Any) -> zmq.Socket[bytes]:
+        """A socket connected to the parameter server's `push` or `model`, by the token that members are told."""
+        endpoints = self.ps.endpoints
+        socket: zmq.Socket[bytes] = self.context.socket(kind)
+        for name, value in ({"LINGER": 0} | options).items():
+            socket.setsockopt(getattr(zmq, name), value)
+        if endpoints["token"]:
+            socket.setsockopt(zmq.PLAIN_PASSWORD, endpoints["token"].encode())
+        socket.connect(endpoints[what])
+        return socket
+
     def train(self, name: str, loop: Callable[[Worker], Any], rank: int | None = None) -> Thread:
         """Run `loop(worker)` in a thread; its result is the thread's."""
 

@@ -13,7 +13,7 @@ import pytest
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from esync import curve, keys, transport
+from esync import handshake, keys, transport
 from esync.errors import TransportError
 
 ANY = "tcp://127.0.0.1:*"
@@ -40,7 +40,7 @@ def term(context: zmq.Context[Any]) -> None:
     thread.start()
     thread.join(10)
     assert not thread.is_alive(), "a socket was left open"
-    assert not curve._running, "an authenticator was left running"
+    assert not handshake._running, "an authenticator was left running"
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -63,7 +63,7 @@ def test_a_listed_key_gets_in_and_its_messages_carry_it(
             assert router.poll(PATIENCE_MS)
             peer, frame = router.recv_multipart(copy=False)
             assert (peer.bytes, frame.bytes) == (b"gpu", b"hello")
-            assert curve.user_of(frame) == gpu.public
+            assert handshake.user_of(frame) == gpu.public
             router.send_multipart([b"gpu", b"welcome"])
             assert dealer.poll(PATIENCE_MS)
             assert dealer.recv() == b"welcome"
@@ -152,7 +152,7 @@ def test_without_an_authenticator_nobody_gets_in(
 ) -> None:
     with transport.router(context, keys.load_server(directory)) as router:
         bound = transport.bind(router, ANY)
-        curve._running[context.underlying].authenticator.stop()
+        handshake._running[context.underlying].authenticator.stop()
         gpu = keys.load_client(directory / "gpu.key")
         with transport.dealer(context, "gpu", bound, gpu) as dealer:
             dealer.linger = 0
@@ -195,7 +195,7 @@ def test_servers_of_one_context_share_an_authenticator_and_keep_their_own_lists(
     stranger = keys.load_client(one / "gpu.key")
     first = transport.router(context, keys.load_server(one))
     second = transport.pull(context, keys.load_server(two))
-    assert curve._running[context.underlying].sockets == 2
+    assert handshake._running[context.underlying].sockets == 2
     first.close()
     bound = transport.bind(second, ANY)
     known_there = keys.ClientKeys(
@@ -209,7 +209,7 @@ def test_servers_of_one_context_share_an_authenticator_and_keep_their_own_lists(
         assert second.poll(PATIENCE_MS)
     second.close()
     second.close()  # closing twice is no harm
-    assert not curve._running
+    assert not handshake._running
 
 
 def test_models_and_updates_go_through_keyed_sockets(
@@ -218,7 +218,7 @@ def test_models_and_updates_go_through_keyed_sockets(
     server, gpu = keys.load_server(directory), keys.load_client(directory / "gpu.key")
     with transport.xpub(context, server) as xpub:
         bound = transport.bind(xpub, ANY)
-        with transport.xsub(context, bound, b"model", gpu) as sub:
+        with transport.sub(context, bound, b"model", gpu) as sub:
             assert xpub.poll(PATIENCE_MS)
             assert xpub.recv() == b"\x01model"
             xpub.send_multipart([b"model", b"chunk"])
@@ -233,7 +233,7 @@ def test_inproc_works_with_keys_too(context: zmq.Context[Any], directory: Path) 
         with transport.dealer(context, "gpu", bound, gpu) as dealer:
             dealer.send(b"hello")
             assert router.poll(PATIENCE_MS)
-            assert curve.user_of(router.recv_multipart(copy=False)[1]) == ""
+            assert handshake.user_of(router.recv_multipart(copy=False)[1]) == ""
 
 
 def test_a_server_with_keys_may_listen_beyond_loopback(
@@ -296,7 +296,7 @@ def test_destroying_a_context_ends_its_authenticator(directory: Path) -> None:
     sockets = [transport.router(context, keys.load_server(directory)) for _ in range(3)]
     context.destroy(0)
     assert all(socket.closed for socket in sockets)
-    assert not curve._running
+    assert not handshake._running
 
 
 def _forgets(directory: str) -> None:

@@ -190,9 +190,7 @@ def test_stuck_subscribers_keep_a_window_s_worth_of_old_chunks_alive(monkeypatch
             while not worker.stopped:
                 params = worker.step({"w": params["w"] + np.float32(1)})
                 if worker.rank == 0 and worker.round % 8 == 0 and len(strangers) < stuck:
-                    stranger = cluster.context.socket(zmq.XSUB)
-                    stranger.setsockopt(zmq.RCVHWM, 1)
-                    stranger.connect(cluster.ps.endpoints["model"])
+                    stranger = cluster.intruder(zmq.XSUB, "model", RCVHWM=1)
                     stranger.send(b"\x01" + f"w/stuck{len(strangers)}/".encode())
                     strangers.append(stranger)
                 if worker.round > 60:
@@ -230,7 +228,8 @@ def test_a_subscriber_that_takes_one_chunk_after_the_other_is_sent_all_of_them(m
             params = worker.start({"w": np.zeros(9500, np.float32)})
             server = cluster.ps.thread
             server._delivery._window = 4000
-            slow = transport.xsub(cluster.context, cluster.ps.endpoints["model"], b"w/slow/")
+            slow = cluster.intruder(zmq.SUB, "model", SUBSCRIBE=b"w/slow/")
+            word = cluster.intruder(zmq.PUSH, "push")
             got = []
             while len(got) < 10:
                 assert slow.poll(5000), f"only {got}"
@@ -238,9 +237,10 @@ def test_a_subscriber_that_takes_one_chunk_after_the_other_is_sent_all_of_them(m
                     model = messages.decode(slow.recv_multipart()[1])
                     got.append(model.chunk)
                 assert len(got) <= 10
-                slow.send(messages.encode(Have("slow", model.version, model.chunk)))
+                word.send(messages.encode(Have("slow", model.version, model.chunk)))
             assert got == list(range(10))
-            slow.close(0)
+            slow.close()
+            word.close()
             done.set()
             while not worker.stopped:
                 params = worker.step(params)
@@ -255,13 +255,12 @@ def test_what_is_no_message_coming_upstream_is_counted_and_nothing_else(monkeypa
 
         def loop(worker):
             params = worker.start({"w": np.zeros(10, np.float32)})
-            stranger = cluster.context.socket(zmq.XSUB)
-            stranger.connect(cluster.ps.endpoints["model"])
+            stranger = cluster.intruder(zmq.XSUB, "model")
             for frame in (b"\x02", b"\xff" * 100, messages.encode(Have("w0", 7, 7, True))):
                 stranger.send(frame)
             server = cluster.ps.thread
             deadline = time.monotonic() + 10
-            while server.counters["not-a-map"] + server.counters["not-msgpack"] < 2:
+            while server.counters["unexpected-type"] < 3:
                 assert time.monotonic() < deadline, server.counters
                 time.sleep(0.01)
             stranger.close(0)

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import zmq
 from safetensors.numpy import load_file
 
-from esync import device_memory, messages, shared_memory, tensors, transport
+from esync import device_memory, messages, shared_memory, tensors
 from esync.compression import Plain
 from esync.config import RunConfig
 from esync.device_memory import DeviceMemoryError, on_host
@@ -447,7 +448,8 @@ def test_what_waits_for_a_slow_subscriber_stays_what_it_is(machine, chunks):
         while not worker._link._channels[0].puts:
             params = train()
         cluster.ps.thread._delivery._window = 1200
-        slow = transport.xsub(cluster.context, cluster.ps.endpoints["model"], b"w/slow/")
+        slow = cluster.intruder(zmq.SUB, "model", SUBSCRIBE=b"w/slow/")
+        word = cluster.intruder(zmq.PUSH, "push")
         while len(got) < 8:
             for _ in range(5):
                 params = train()
@@ -455,8 +457,9 @@ def test_what_waits_for_a_slow_subscriber_stays_what_it_is(machine, chunks):
                 _, header, data = slow.recv_multipart()
                 model = messages.decode(header)
                 got.append((model.version, np.frombuffer(data, np.float32)))
-                slow.send(messages.encode(Have("slow", model.version, model.chunk)))
-        slow.close(0)
+                word.send(messages.encode(Have("slow", model.version, model.chunk)))
+        slow.close()
+        word.close()
 
     with Cluster(RunConfig(mode="sync", workers=1, rounds=10**6), "tcp", device="cuda") as cluster:
         cluster.train("w0", loop, rank=0).result()

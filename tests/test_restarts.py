@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -145,6 +146,12 @@ class Run:
         return json.loads((self.directory / "summary.json").read_text())
 
 
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 def kill(process):
     process.kill()
     process.wait()
@@ -154,7 +161,9 @@ def test_the_parameter_server_is_killed_and_the_run_goes_on_from_its_checkpoint(
     processes,
     tmp_path,
 ):
-    run = Run(processes, tmp_path, "--mode", "sync", "--outer", "momentum")
+    """On the same ports, so that the old connections are tried again, and refused: it has another token."""
+    ports = ("--push-port", str(free_port()), "--model-port", str(free_port()))
+    run = Run(processes, tmp_path, "--mode", "sync", "--outer", "momentum", ps=ports)
     for _ in range(2):
         run.rounds(20)
         processes.until(lambda: list((run.directory / "checkpoints").glob("*")), "a checkpoint")

@@ -265,8 +265,7 @@ def test_garbage_on_the_data_channel_changes_nothing(frames: list[bytes]) -> Non
     with Cluster(RunConfig(mode="sync", workers=1, rounds=30)) as cluster:
         thread = cluster.train("w0", quadratic(0.0, step_s=0.01))
         _until(lambda: cluster.state.handlers.history.version >= 2)
-        with cluster.context.socket(zmq.PUSH) as stranger:
-            stranger.connect(cluster.ps.endpoints["push"])
+        with cluster.intruder(zmq.PUSH, "push", LINGER=2000) as stranger:
             stranger.send_multipart(frames)
             final = thread.result()
         cluster.finish()

@@ -430,8 +430,7 @@ def test_a_stranger_that_unsubscribes_others_changes_nothing(shared):
 
         threads = [cluster.train(f"w{i}", loop, rank=i) for i in range(2)]
         assert began.wait(30)
-        stranger = cluster.context.socket(zmq.XSUB)
-        stranger.connect(cluster.ps.endpoints["model"])
+        stranger = cluster.intruder(zmq.XSUB, "model")
         for topic in (b"w/w0/", b"w/w1/"):
             stranger.send(b"\x01" + topic)
             for first in (b"\x02", b"\x00", b"\x00", b"\x00", b"\x02"):

@@ -51,7 +51,7 @@ def collect(
     Args:
         thread: None until it has joined the run.
         server: of its control channel.
-        refused_connections: of keys that are not let in.
+        refused_connections: of keys that are not let in, or with another token.
     """
     info = InfoMetricFamily("esync_ps", "This parameter server.")
     shard = str(thread.shard) if thread is not None else ""
@@ -69,7 +69,7 @@ def collect(
     )
     yield counter(
         "esync_ps_refused_connections",
-        "Connections refused by their key.",
+        "Connections refused by their key, or their token.",
         refused_connections,
     )
     yield counter(

@@ -37,6 +37,7 @@ from esync.compression import Decoder
 from esync.config import PsConfig, RunConfig, build
 from esync.errors import ConfigError, EsyncError, ModelError, ProtocolError, TransportError
 from esync.fault_log import FaultLog
+from esync.handshake import Gate
 from esync.journal import Journal, rounded
 from esync.keys import ServerKeys, load_server
 from esync.mailbox import Mailbox
@@ -333,14 +334,15 @@ class TensorThread(threading.Thread):
         )
 
     def _upstream(self) -> None:
-        """Some of what comes from the subscribers: subscriptions, and what they have received."""
+        """Some of the subscriptions that have come."""
         for _ in range(UPSTREAM_BURST):
             try:
                 event: bytes = self._xpub.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
             if event[:1] not in (b"\x00", b"\x01"):
-                self._have(event)
+                self._faults.say(SOMEBODY, "upstream", "refused: a message where models go out")
+                self.counters["unexpected-type"] += 1
                 continue
             here, topic = event[:1] == b"\x01", event[1:]
             if topic.startswith((b"w/", b"e/")) and topic.endswith(b"/"):
@@ -362,16 +364,8 @@ class TensorThread(threading.Thread):
             else:
                 self._delivery.forget(worker)
 
-    def _have(self, frame: bytes) -> None:
+    def _have(self, message: Have) -> None:
         """A subscriber has received something: the next may go, to it or to those whose turn it is then."""
-        try:
-            message = self._checked(*self._envelope.unpack_alone(frame, TO_SERVER))
-            if not isinstance(message, Have):
-                raise MessageError("unexpected-type", f"{message.TYPE} does not come upstream")
-        except MessageError as error:
-            self.counters[error.code] += 1
-            self._faults.say(SOMEBODY, error.code, f"refused upstream: {error.code}: {error.text}")
-            return
         worker, now = _subscriber(message), time.monotonic()
         self._delivery.have(worker, message.version, message.chunk, now)
         self._deliver(worker, now)
@@ -415,20 +409,14 @@ class TensorThread(threading.Thread):
             except zmq.Again:
                 return
             self.handle([frame.buffer for frame in frames])
-            if int(self._xpub.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                self._upstream()  # whoever can take more is not to wait for all that has arrived
 
     def _opened(self, frames: Sequence[memoryview]) -> tuple[Message, list[memoryview]]:
-        """A worker's message, and its payload if it has one."""
+        """A worker's message, if it speaks for who sealed it, and its payload if it has one."""
         head, payload, sender = self._envelope.unpack(frames, TO_SERVER)
-        return self._checked(head, sender), payload
-
-    def _checked(self, frame: memoryview, sender: str) -> Message:
-        """The message in a frame, if it speaks for who sealed it."""
-        message = messages.decode(frame)
+        message = messages.decode(head)
         if self._envelope.is_sealed and getattr(message, "worker", "") != sender:
             raise MessageError("wrong-sender", f"{sender!r:.80} sealed a message of somebody else")
-        return message
+        return message, payload
 
     def handle(self, frames: Sequence[memoryview]) -> None:
         """One message of the data channel; whatever it holds, the worst that follows is an error to its sender."""
@@ -438,6 +426,8 @@ class TensorThread(threading.Thread):
             if isinstance(message, Update):
                 worker = message.worker
                 self._update(message, payload)
+            elif isinstance(message, Have):
+                self._have(message)
             elif isinstance(message, Fetch):
                 worker = message.worker
                 self._fetch(message)
@@ -867,9 +857,11 @@ class ParameterServer:
         self._rejoins = False
         self._allowed = keys.allowed if keys is not None else None
         self.page: MetricsPage | None = None
-        curve = keys if self.config.curve else None
-        self._pull = transport.pull(self._context, curve)
-        self._xpub = transport.xpub(self._context, curve)
+        # (On inproc:// nothing is authenticated, and a gate is a thread.)
+        self._gate = None if self.config.bind.startswith("inproc://") else Gate()
+        lets_in = keys if keys is not None and self.config.curve else self._gate
+        self._pull = transport.pull(self._context, lets_in)
+        self._xpub = transport.xpub(self._context, lets_in)
         try:
             if self.config.metrics_port:
                 where = self.config.metrics_bind, self.config.metrics_port
@@ -885,6 +877,7 @@ class ParameterServer:
                 "push": transport.advertised(push, state),
                 "model": transport.advertised(model, state),
                 "curve": self.config.curve,
+                "token": self._gate.token if self._gate is not None else "",
                 "device": device_memory.uuid_of(self._backend.cuda),
             }
             client = keys.client() if keys is not None else None
@@ -914,7 +907,7 @@ class ParameterServer:
         return f"tcp://{host}:{port or '*'}"
 
     def _metrics(self) -> Iterator[Metric]:
-        refusals = self._allowed.refusals if self._allowed is not None else 0
+        refusals = sum(x.refusals for x in (self._allowed, self._gate) if x is not None)
         return metrics.collect(self.thread, self._server, self._backend.name, refusals)
 
     def _health(self) -> Health:
@@ -1011,7 +1004,8 @@ class ParameterServer:
         )
         self.shard = message.rank
         self.thread.start()
-        self._journal.write("welcome", endpoints=self.endpoints, device=self._backend.name)
+        told = {name: value for name, value in self.endpoints.items() if name != "token"}
+        self._journal.write("welcome", endpoints=told, device=self._backend.name)
         self._say(f"averaging for mode {config.mode}; updates at {self.endpoints['push']}")
 
     def _welcomed_again(self, message: Welcome, envelope: Envelope) -> None:

@@ -103,6 +103,7 @@ class StateServer:
                 await self._server.run()
         finally:
             ticker.cancel()
+            self._save()
             summary = self._write_summary()
             self.handlers.faults.close()
             self._journal.close()

@@ -17,6 +17,7 @@ from esync import messages, transport
 from esync.compression import Compressor, Payload
 from esync.device_memory import Array, on_host, opened, put
 from esync.fault_log import FaultLog
+from esync.handshake import Token
 from esync.keys import ClientKeys
 from esync.messages import (
     NO_SHARED_MEMORY,
@@ -41,6 +42,20 @@ RETRY_S = 1.0
 HAVE_S = 0.5
 """On a slow link what has arrived is said so often."""
 RECV_BURST = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a parameter server is.
+
+    Attributes:
+        push, model: the endpoints to which updates go, and from which models come.
+        keys: by which it lets us in; None: it lets everybody in.
+    """
+
+    push: str
+    model: str
+    keys: ClientKeys | Token | None
 
 
 @dataclass(slots=True)
@@ -68,10 +83,8 @@ class Channel:
 
     Args:
         shard: which of the model's shards it keeps.
-        endpoints: its own, in the order push, model.
         role: `worker` or `evaluator`.
         envelope: seals what is sent and opens what comes, if the run does.
-        keys: for servers whose sockets have keys themselves.
         memories: gives the memory in which this worker's updates can be put for this server if it is on this machine,
             the best first; none if there is none.
         cuda: gives the CUDA device on which models are to be, as this process counts, or None.
@@ -83,7 +96,7 @@ class Channel:
     def __init__(
         self,
         shard: int,
-        endpoints: tuple[str, str],
+        address: Address,
         assembly: Assembly,
         compressor: Compressor,
         chunks: range,
@@ -96,7 +109,6 @@ class Channel:
         on_error: Callable[[Error], None],
         on_want: Callable[[Channel, int, list[int]], None],
         envelope: Envelope,
-        keys: ClientKeys | None,
         context: zmq.Context[Any],
         poller: zmq.Poller,
     ) -> None:
@@ -119,27 +131,29 @@ class Channel:
         self._evaluator = role == "evaluator"
         self._topic = f"{'e' if self._evaluator else 'w'}/{worker}/".encode()
         self._said_at = 0.0  # what we have
-        self._context, self._keys = context, keys
-        self._endpoints = endpoints
+        self._context = context
+        self._address = address
         self._open()
 
     def _open(self) -> None:
-        push, model = self._endpoints
-        self._push = transport.push(self._context, push, self._keys)
-        self.sub = transport.xsub(self._context, model, self._topic, self._keys)
+        address = self._address
+        self._push = transport.push(self._context, address.push, address.keys)
+        # By another connection, which no update is ahead of.
+        self._word = transport.push(self._context, address.push, address.keys)
+        self.sub = transport.sub(self._context, address.model, self._topic, address.keys)
         self._poller.register(self.sub, zmq.POLLIN)
 
-    def connect(self, endpoints: tuple[str, str], envelope: Envelope) -> None:
+    def connect(self, address: Address, envelope: Envelope) -> None:
         """From now on the server is there, and messages are sealed so; nothing happens where that is so already."""
         if envelope.key != self._envelope.key:
             self._envelope = envelope
-        if endpoints != self._endpoints:
-            self._endpoints = endpoints
+        if address != self._address:
+            self._address = address
             self.connect_again()
 
     def connect_again(self) -> None:
         """Have new connections; what was on its way by the old ones is asked for again."""
-        for socket in (self._push, self.sub):
+        for socket in (self._push, self._word, self.sub):
             if socket in self._poller:
                 self._poller.unregister(socket)
             socket.close(0)
@@ -148,6 +162,7 @@ class Channel:
 
     def close(self) -> None:
         self._push.close()
+        self._word.close(0)
         self.sub.close()
         self._faults.close()
 
@@ -275,14 +290,20 @@ class Channel:
                 or self.progress_at - self._said_at >= HAVE_S
             )
             if complete or many:
-                self._received = self._chunks_received = 0
-                self._said_at = self.progress_at
-                version, chunk = header.version, header.chunk
-                have = Have(self._worker, version, chunk, complete, self._evaluator)
-                frame = self._envelope.pack_alone(messages.encode(have), TO_SERVER)
-                self.sub.send(frame, zmq.NOBLOCK)
+                self._have(header.version, header.chunk, complete)
         if complete:
             self._on_complete()
+
+    def _have(self, version: int, chunk: int, whole: bool) -> None:
+        """Say what has arrived."""
+        self._received = self._chunks_received = 0
+        self._said_at = self.progress_at
+        have = Have(self._worker, version, chunk, whole, self._evaluator)
+        frames = self._envelope.pack(messages.encode(have), None, TO_SERVER)
+        try:
+            self._word.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            pass  # the connection is gone; by the next one the model is sent anew
 
     # Shared memory
 

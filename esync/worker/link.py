@@ -21,6 +21,7 @@ from esync.compression import Compressor
 from esync.device_memory import Array
 from esync.errors import EsyncError, ProtocolError, TransportError
 from esync.fault_log import FaultLog
+from esync.handshake import Token
 from esync.keys import ClientKeys
 from esync.mailbox import Mailbox
 from esync.messages import (
@@ -39,7 +40,7 @@ from esync.seal import Envelope
 from esync.shared_memory import UPDATE_SLOTS, WRITING, Region, SharedMemoryError
 from esync.tensors import Layout, Vector
 from esync.worker.assembly import Shards
-from esync.worker.channel import RETRY_S, Channel, Push
+from esync.worker.channel import RETRY_S, Address, Channel, Push
 from esync.worker.session import Session
 
 log = logging.getLogger("esync.worker")
@@ -295,13 +296,12 @@ class Link(threading.Thread):
         if len(message.endpoints) != model.layout.shards:
             text = f"{len(message.endpoints)} endpoints for {model.layout.shards} parameter servers"
             raise MessageError("bad-field", f"welcome: {text}")
-        pairs = [_endpoints(x, self._state) for x in message.endpoints]
-        curve = [bool(raw.get("curve")) for raw in message.endpoints]
-        for shard, endpoints in enumerate(pairs):
+        doors = [self._door(raw, message) for raw in message.endpoints]
+        for shard, (address, envelope) in enumerate(doors):
             self._channels.append(
                 Channel(
                     shard,
-                    endpoints,
+                    address,
                     model.assemblies[shard],
                     self.shared.compressors[shard],
                     model.layout.of_shard(shard),
@@ -312,8 +312,7 @@ class Link(threading.Thread):
                     on_complete=self._on_complete,
                     on_error=self._on_error,
                     on_want=self._on_want,
-                    envelope=Envelope(b"" if curve[shard] else message.key, self._join.worker),
-                    keys=self._keys if curve[shard] else None,
+                    envelope=envelope,
                     context=self._context,
                     poller=self._poller,
                 )
@@ -321,11 +320,23 @@ class Link(threading.Thread):
 
     def _connect_again(self, message: Welcome) -> None:
         """A parameter server may have come back elsewhere, and a state server with another key."""
-        if len(message.endpoints) != len(self._channels):
-            return
-        for channel, raw in zip(self._channels, message.endpoints, strict=True):
-            key = b"" if raw.get("curve") else message.key
-            channel.connect(_endpoints(raw, self._state), Envelope(key, self._join.worker))
+        if len(message.endpoints) == len(self._channels):
+            for channel, raw in zip(self._channels, message.endpoints, strict=True):
+                channel.connect(*self._door(raw, message))
+
+    def _door(self, raw: Any, welcome: Welcome) -> tuple[Address, Envelope]:
+        """Where a parameter server is, as it is reached from here, and how messages with it are sealed."""
+        told = raw if isinstance(raw, dict) else {}
+        push, model, token = told.get("push"), told.get("model"), told.get("token", "")
+        if not (isinstance(push, str) and isinstance(model, str) and isinstance(token, str)):
+            raise MessageError("bad-field", "welcome.endpoints need push and model")
+        curve = self._keys if told.get("curve") else None
+        address = Address(
+            transport.resolved(push, self._state),
+            transport.resolved(model, self._state),
+            curve or (Token(token) if token else None),
+        )
+        return address, Envelope(b"" if curve else welcome.key, self._join.worker)
 
     def _on_error(self, message: Error) -> None:
         if message.code == "unknown-worker":
@@ -446,12 +457,3 @@ class Link(threading.Thread):
             self.inbox.put(Leave(self._join.worker, reason, self._join.life))
             self.inbox.put(None)
             self.join(timeout=5)
-
-
-def _endpoints(raw: Any, state: str) -> tuple[str, str]:
-    """(push, model) of a parameter server, as they are reached from here."""
-    pair = (raw.get("push"), raw.get("model")) if isinstance(raw, dict) else (None, None)
-    push, model = pair
-    if not isinstance(push, str) or not isinstance(model, str):
-        raise MessageError("bad-field", "welcome.endpoints need push and model")
-    return transport.resolved(push, state), transport.resolved(model, state)

@@ -1,4 +1,8 @@
-"""CURVE on sockets: servers that let in whom an allow-list names, and clients that can say why they were refused.
+"""Who is let in by a socket: by CURVE whom an allow-list names, by PLAIN who knows a server's token. And clients that
+can say why they were refused.
+
+A token keeps out who has not been told it: what strangers send does not get past the handshake, to where it would take
+memory. It is no secret from those who listen on the network.
 
 A context has one ZAP authenticator, a thread, which lives from the first of the context's servers to the close of
 the last. Without it nobody is let in: ZeroMQ's default, that a server without an authenticator lets everybody in, is
@@ -7,11 +11,13 @@ turned off. Sockets on inproc:// stay within the process, and ZeroMQ neither enc
 
 from __future__ import annotations
 
+import hmac
 import itertools
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
@@ -32,8 +38,48 @@ _OFTEN = 3
 _numbers = itertools.count()
 
 
+class Gate:
+    """Of a server's sockets: lets in who knows its token.
+
+    Attributes:
+        token: a random one.
+        domain: the ZAP domain of those sockets.
+        refusals: refused connections that did speak PLAIN; others are not heard of.
+    """
+
+    def __init__(self) -> None:
+        self.token = secrets.token_hex(16)
+        self.domain = f"esync-gate-{next(_numbers)}"
+        self.refusals = 0
+
+    def lets_in(self, token: str) -> bool:
+        """Whether this is the token; counts if it is not."""
+        if hmac.compare_digest(token.encode(), self.token.encode()):
+            return True
+        self.refusals += 1
+        return False
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a client shows at a gate. Not empty."""
+
+    text: str = field(repr=False)
+
+
 class _Authenticator(ThreadAuthenticator):
-    """One that makes room for the next one before `stop` returns: a closed socket keeps its address for a while."""
+    """One that knows gates, and makes room for the next one before `stop` returns: a closed socket keeps its address
+    for a while."""
+
+    def __init__(self, context: zmq.Context[Any]) -> None:
+        super().__init__(context)
+        self.gates: dict[str, Gate] = {}
+
+    def _authenticate_plain(self, domain: str, username: str, password: str) -> tuple[bool, bytes]:
+        gate = self.gates.get(domain)
+        if gate is not None and gate.lets_in(password):
+            return True, b"OK"
+        return False, b"Another token"
 
     def stop(self) -> None:
         if self.pipe:
@@ -52,13 +98,21 @@ class _Running:
     authenticator: _Authenticator
     sockets: int = 0
 
+    def let_in(self, keys: ServerKeys | Gate) -> None:
+        """Let in by these."""
+        if isinstance(keys, Gate):
+            self.authenticator.gates[keys.domain] = keys
+        else:
+            allowed = keys.allowed
+            self.authenticator.configure_curve_callback(allowed.domain, allowed)
+
 
 _running: dict[int, _Running] = {}
 _lock = threading.RLock()  # a forgotten socket is closed by the garbage collector, wherever it runs
 
 
-class CurveServer(zmq.Socket[bytes]):
-    """A socket that is connected to by keys on an allow-list alone; made by `server`."""
+class Server(zmq.Socket[bytes]):
+    """A socket that not everybody is let in by; made by `server`."""
 
     _needs: int = 0  # the context whose authenticator this socket needs
 
@@ -126,26 +180,31 @@ class Client(zmq.Socket[bytes]):
             self._outcomes.close(0)
 
 
-def server(context: zmq.Context[Any], kind: int, keys: ServerKeys) -> CurveServer:
-    """A socket, not yet bound, that lets in the keys of `keys.allowed`.
+def server(context: zmq.Context[Any], kind: int, keys: ServerKeys | Gate) -> Server:
+    """A socket, not yet bound, that lets in the keys of `keys.allowed`, or who knows the gate's token.
 
     Raises:
         TransportError: libzmq has no CURVE, or the context has another authenticator.
     """
-    _check_curve()
+    if not isinstance(keys, Gate):
+        _check_curve()
     address = context.underlying
     _acquire(address, keys)
     try:
-        socket: CurveServer = context.socket(kind, socket_class=CurveServer)
+        socket: Server = context.socket(kind, socket_class=Server)
     except BaseException:
         _release(address)
         raise
     socket._needs = address
     with _closed_if_it_fails(socket):
-        socket.setsockopt(zmq.CURVE_SERVER, 1)
-        socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
-        socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
-        socket.setsockopt(zmq.ZAP_DOMAIN, keys.allowed.domain.encode())
+        if isinstance(keys, Gate):
+            socket.setsockopt(zmq.PLAIN_SERVER, 1)
+            socket.setsockopt(zmq.ZAP_DOMAIN, keys.domain.encode())
+        else:
+            socket.setsockopt(zmq.CURVE_SERVER, 1)
+            socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
+            socket.setsockopt(zmq.ZAP_DOMAIN, keys.allowed.domain.encode())
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     return socket
 
@@ -201,7 +260,7 @@ def _check_curve() -> None:
         raise TransportError("this libzmq was built without CURVE; install pyzmq from a wheel")
 
 
-def _acquire(address: int, keys: ServerKeys) -> None:
+def _acquire(address: int, keys: ServerKeys | Gate) -> None:
     with _lock:
         running = _running.get(address)
         if running is None:
@@ -216,7 +275,7 @@ def _acquire(address: int, keys: ServerKeys) -> None:
                     "context for esync"
                 ) from error
             running = _running[address] = _Running(authenticator)
-        running.authenticator.configure_curve_callback(keys.allowed.domain, keys.allowed)
+        running.let_in(keys)
         running.sockets += 1
 
 
