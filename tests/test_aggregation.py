@@ -815,3 +815,47 @@ def test_updates_are_never_written_to(kind):
         server.aggregation.receive(Contribution("w0", 0, i, data))
     assert server.version == 1
     np.testing.assert_array_equal(update, vector(0))
+
+
+class Device(NumpyBackend):
+    """Says that it is a GPU, and writes down what it was asked to add up."""
+
+    cuda = 0
+
+    def __init__(self):
+        self.sums = []
+
+    def weighted_sum(self, xs, weights, out=None):
+        self.sums.append(len(xs))
+        return NumpyBackend().weighted_sum(xs, weights, out)
+
+    def add_scaled(self, total, x, weight):
+        self.sums.append(-1)
+        super().add_scaled(total, x, weight)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize(
+    ("lasting", "sums"), [("abcd", [4]), ("bcd", [4]), ("", [2, -1, -1]), ("ac", [2, 3])]
+)
+def test_what_lies_in_its_senders_memory_is_added_up_by_a_device_in_one_pass(
+    lasting, sums, ordered
+):
+    backend = Device()
+    mean = Mean(layout(), backend, RunConfig(weights="samples"), ordered=ordered)
+    whole = vector(0)
+    for i, at in enumerate(mean.layout.chunks):
+        mean.receive(Contribution("a", INITIAL, i, whole[at.start : at.stop]))
+    mean.set_members({w: rank for rank, w in enumerate("abcd")})
+    backend.sums.clear()
+    updates = {worker: vector(1 + rank) for rank, worker in enumerate("abcd")}
+    at = mean.layout.chunks[0]
+    for rank, (worker, update) in enumerate(updates.items()):
+        part = update[at.start : at.stop]
+        events = mean.receive(
+            Contribution(worker, 0, 0, part, samples=1 + rank, lasts=worker in lasting)
+        )
+    (event,) = published(events)
+    assert backend.sums == sums
+    expected = averaged(whole, list(updates.values()), [1, 2, 3, 4])[at.start : at.stop]
+    np.testing.assert_allclose(event.data, expected, rtol=1e-5, atol=1e-6)

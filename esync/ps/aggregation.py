@@ -30,6 +30,7 @@ class Contribution:
         round: the version of the model that the update was computed from, or `INITIAL`.
         data: the chunk, float32; deltas or values, as the layout says.
         steps, samples: what the whole update was computed from.
+        lasts: the data is its sender's memory, which keeps it as long as the round does.
     """
 
     worker: str
@@ -38,6 +39,7 @@ class Contribution:
     data: Array
     steps: int = 1
     samples: int = 1
+    lasts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +285,9 @@ class Mean(Aggregation):
 
     def _begin(self) -> None:
         self._arrived: list[set[str]] = [set() for _ in self.chunks]
-        self._first: list[tuple[Array, float] | None] = [None] * len(self.chunks)
-        self._alone: dict[int, None] = {}  # chunks that have but that, the oldest first
+        # (data, factor) of what is in no sum yet
+        self._waiting: list[list[tuple[Array, float]]] = [[] for _ in self.chunks]
+        self._alone: dict[int, None] = {}  # chunks with one that waits for a second, the oldest first
         self._totals: list[Array] = [None] * len(self.chunks)
         self._rooms: list[Array] = [None] * len(self.chunks)  # where those are that have one
         self._weights = [0.0] * len(self.chunks)
@@ -329,29 +332,29 @@ class Mean(Aggregation):
             steps = max(1, update.steps)
             factor = weight / steps
             self._steps[chunk] += steps
-        first = self._first[chunk]
-        if self._totals[chunk] is not None:
-            self.backend.add_scaled(self._totals[chunk], update.data, factor)
-        elif first is None:
-            self._first[chunk] = update.data, factor  # the sum begins with the second one
-            self._alone[chunk] = None
-            if len(self._alone) > MOST_ALONE:
-                self._begin_sum(next(iter(self._alone)))
-        else:
-            self._totals[chunk] = self.backend.blend(
-                *first, update.data, factor, self._new_room(chunk)
-            )
-            self._first[chunk] = None
-            self._alone.pop(chunk, None)
+        self._waiting[chunk].append((update.data, factor))
         self._weights[chunk] += weight
+        if update.lasts and self.backend.cuda is not None:
+            return  # a GPU adds all of them up in one pass, once they are there
+        if self._totals[chunk] is None and len(self._waiting[chunk]) == 1:
+            self._alone[chunk] = None  # the sum begins with the second one
+            if len(self._alone) > MOST_ALONE:
+                self._add_up(next(iter(self._alone)))
+        else:
+            self._add_up(chunk)
 
-    def _begin_sum(self, chunk: int) -> None:
-        """Begin a chunk's sum with its first contribution, whose memory is free then."""
-        first = self._first[chunk]
-        assert first is not None
-        self._totals[chunk] = self.backend.scaled(*first, self._new_room(chunk))
-        self._first[chunk] = None
+    def _add_up(self, chunk: int) -> None:
+        """Add what waits to a chunk's sum; its memory is free then."""
+        data, factors = zip(*self._waiting[chunk], strict=True)
+        self._waiting[chunk] = []
         self._alone.pop(chunk, None)
+        total = self._totals[chunk]
+        if total is None:
+            self._totals[chunk] = self.backend.weighted_sum(data, factors, self._new_room(chunk))
+        elif len(data) == 1:
+            self.backend.add_scaled(total, data[0], factors[0])
+        else:
+            self.backend.weighted_sum([total, *data], [1.0, *factors], total)
 
     def _new_room(self, chunk: int) -> Array | None:
         """Where the next version's chunk is made, if that is given."""
@@ -409,8 +412,8 @@ class Mean(Aggregation):
         for _, update in sorted(self._kept[chunk].items()):  # of workers that are not expected
             self._add(update)
         self._kept[chunk] = {}
-        if self._first[chunk] is not None:
-            self._begin_sum(chunk)
+        if self._waiting[chunk]:
+            self._add_up(chunk)
         total, weight = self._totals[chunk], self._weights[chunk]
         self._totals[chunk] = None
         scale = 1.0 / weight

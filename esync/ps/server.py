@@ -487,6 +487,7 @@ class TensorThread(threading.Thread):
             self._backend.load(update),
             message.steps,
             max(1, message.samples),
+            lasts=shared,
         )
         self._emit(self.aggregation.receive(contribution))
 
