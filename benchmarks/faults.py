@@ -45,6 +45,8 @@ ENVIRONMENT = {
 }
 STEP_S = (0.05, 0.05, 0.05, 0.08, 0.08, 0.1, 0.2, 0.3)
 """Emulated seconds of a local step, by rank; the last one is the slowest worker's."""
+BAD_DELAY_S, BAD_LIFE_S = 0.02, 20.0
+"""What the bad way does: seconds each way at least, and how long a connection lasts, in the mean."""
 SETTLE_S = 6.0
 """After the run's start, before the first fault."""
 
@@ -72,6 +74,8 @@ class Network:
     """
 
     OURS, THEIRS = "10.213.77.1", "10.213.77.2"
+    BAD = "10.213.77.5"
+    """Theirs too: by it they reach us the worse way, if there is one."""
 
     def __init__(self) -> None:
         self.name = f"esync{os.getpid()}"
@@ -86,6 +90,7 @@ class Network:
             for command in (
                 ("addr", "add", f"{self.THEIRS}/30", "dev", inside),
                 ("link", "set", inside, "up"),
+                ("addr", "add", f"{self.BAD}/32", "dev", "lo"),
                 ("link", "set", "lo", "up"),
             ):
                 self._ip("-n", self.name, *command)
@@ -110,17 +115,26 @@ class Cluster:
 
     Args:
         network: where the first two workers run; None: on this machine, as all others.
+        bad: the way from there is slow, and connections do not last.
     """
 
-    def __init__(self, directory: Path, workers: int, seed: int, network: Network | None) -> None:
+    def __init__(
+        self, directory: Path, workers: int, seed: int, network: Network | None, bad: bool
+    ) -> None:
         self.directory = directory
         self.seed = seed
         self.network = network
-        self.host = network.OURS if network else "127.0.0.1"
+        self.host = "0.0.0.0" if network else "127.0.0.1"
         self.injected: list[float] = []
         self.state = self._state(f"tcp://{self.host}:*", workers)
-        self.endpoint = self._await("state", "state server at ").split(": ")[0]
+        bound = self._await("state", "state server at ").split(": ")[0]
+        self.endpoint = bound.replace("0.0.0.0", "127.0.0.1")
         self.ps = self._ps()
+        self.way: subprocess.Popen[bytes] | None = None
+        self.there = network.OURS if network else ""
+        if network and bad:
+            self.there = network.BAD
+            self.way = self._bad_way(network)
         self.workers = {i: self.worker(i) for i in range(workers)}
         self._await("state", "the run starts", 120.0)
 
@@ -150,16 +164,31 @@ class Cluster:
         options += ["--bind", self.host, *(["--insecure"] if self.network else [])]
         return self._start("ps", "esync.ps.cli", *options, "--checkpoint", "2", *more)
 
+    def _bad_way(self, network: Network) -> subprocess.Popen[bytes]:
+        deadline = time.monotonic() + 30
+        while not (welcomed := self.events("ps", "welcome")):
+            assert time.monotonic() < deadline, "the parameter server does not begin"
+            time.sleep(0.05)
+        told = welcomed[-1]["endpoints"]
+        ports = [x.rpartition(":")[2] for x in (self.endpoint, told["push"], told["model"])]
+        options = [network.BAD, network.OURS, str(BAD_DELAY_S), str(BAD_LIFE_S), str(self.seed)]
+        way = self._start("way", "inside.bad_network", *options, *ports, inside=True)
+        self._await("way", "carrying")
+        return way
+
     def worker(self, rank: int) -> subprocess.Popen[bytes]:
         name, step_s = f"w{rank}", str(STEP_S[rank % len(STEP_S)])
         log = str(self.directory / f"{name}.jsonl")
-        options = [self.endpoint, name, str(rank), step_s, log]
-        return self._start(name, "inside.counting_worker", *options, inside=rank < 2)
+        inside = self.network is not None and rank < 2
+        endpoint = self.endpoint.replace("127.0.0.1", self.there) if inside else self.endpoint
+        options = [endpoint, name, str(rank), step_s, log]
+        return self._start(name, "inside.counting_worker", *options, inside=inside)
 
     def start_again(self, role: str) -> None:
         """Start a server that was killed, which goes on where the run was."""
         if role == "state":
-            self.state = self._state(self.endpoint, len(self.workers), "--resume")
+            bind = self.endpoint.replace("127.0.0.1", self.host)
+            self.state = self._state(bind, len(self.workers), "--resume")
         else:
             self.ps = self._ps("--resume")
 
@@ -194,7 +223,9 @@ class Cluster:
         self.kill()
 
     def kill(self) -> None:
-        for process in (self.state, self.ps, *self.workers.values()):
+        for process in (self.state, self.ps, *self.workers.values(), self.way):
+            if process is None:
+                continue
             if process.poll() is None:
                 process.kill()
             process.wait()
@@ -212,12 +243,14 @@ class Cluster:
 
 
 @contextmanager
-def cluster(workers: int, seed: int, *, apart: bool = False) -> Iterator[Cluster]:
-    """A run; with the first two workers in a network of their own if they are `apart`."""
+def cluster(
+    workers: int, seed: int, *, apart: bool = False, bad: bool = False
+) -> Iterator[Cluster]:
+    """A run; with the first two workers in a network of their own if they are `apart`, or reached the `bad` way."""
     with tempfile.TemporaryDirectory() as folder:
         made, network = None, Network() if apart else None
         try:
-            made = Cluster(Path(folder), workers, seed, network)
+            made = Cluster(Path(folder), workers, seed, network, bad)
             yield made
         finally:
             if made is not None:
@@ -329,6 +362,14 @@ def cut(made: Cluster, seconds: float, times: int, rng: random.Random) -> None:
     time.sleep(seconds / 3)
 
 
+def bad_way(made: Cluster, seconds: float, times: int, rng: random.Random) -> None:
+    """The connections of two workers are slow, and are reset again and again."""
+    made.hurt()
+    time.sleep(seconds)
+
+
+APART = ("cut", "way")
+"""The faults that need a network of its own for two workers."""
 FAULTS: dict[str, tuple[Fault, int, float]] = {
     "worker": (worker_kills, 20, 400.0),
     "ps": (server_kills("ps"), 5, 100.0),
@@ -336,6 +377,7 @@ FAULTS: dict[str, tuple[Fault, int, float]] = {
     "stop": (stopped_worker, 1, 60.0),
     "garbage": (garbage, 1, 30.0),
     "cut": (cut, 1, 90.0),
+    "way": (bad_way, 1, 60.0),
 }
 """Name -> what it does, how often, and for how many seconds."""
 QUICK = {
@@ -345,6 +387,7 @@ QUICK = {
     "stop": (1, 20.0),
     "garbage": (1, 10.0),
     "cut": (1, 30.0),
+    "way": (1, 20.0),
 }
 
 
@@ -415,10 +458,12 @@ def recoveries(made: Cluster) -> list[float]:
 
 
 def run_with(
-    hurt: Fault, workers: int, times: int, seconds: float, seed: int, *, apart: bool = False
+    name: str, workers: int, times: int, seconds: float, seed: int, *, twin: bool = False
 ) -> tuple[float, dict[str, Any]]:
-    """(samples per second, what else came of it) of a run that is hurt."""
-    with cluster(workers, seed, apart=apart) as made:
+    """(samples per second, what else came of it) of a run with a fault, or of its `twin` without."""
+    hurt = nothing if twin else FAULTS[name][0]
+    bad = name == "way" and not twin
+    with cluster(workers, seed, apart=name in APART, bad=bad) as made:
         time.sleep(min(SETTLE_S, seconds / 4))
         begin = time.time()
         hurt(made, seconds, times, random.Random(seed))
@@ -436,9 +481,9 @@ def run_with(
 
 def compare(name: str, workers: int, times: int, seconds: float, seed: int) -> Row:
     """A run with the fault beside one without."""
-    about = workers, times, seconds, seed
-    twin, _ = run_with(nothing, *about, apart=name == "cut")
-    rate, counts = run_with(FAULTS[name][0], *about, apart=name == "cut")
+    about = name, workers, times, seconds, seed
+    twin, _ = run_with(*about, twin=True)
+    rate, counts = run_with(*about)
     return Row(name, times, seconds, rate / twin, **counts)
 
 
@@ -488,7 +533,7 @@ def main(
         try:
             rows.append(compare(name, count, times, seconds or length, seed))
         except (subprocess.CalledProcessError, FileNotFoundError) as error:
-            if name != "cut":
+            if name not in APART:
                 raise
             console.print(f"  left out: it takes the right to make network namespaces ({error})")
             continue

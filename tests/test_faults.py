@@ -27,8 +27,7 @@ def without_namespaces() -> str:
 
 def hurt(name: str, workers: int, times: int, seconds: float) -> dict[str, Any]:
     """What came of a run with a fault; the model has to be what the logs say is in it."""
-    apart = name == "cut"
-    rate, counts = faults.run_with(faults.FAULTS[name][0], workers, times, seconds, 1, apart=apart)
+    rate, counts = faults.run_with(name, workers, times, seconds, 1)
     assert abs(counts["missing"]) < 1e-3 * counts["rounds"], "no update was lost or counted twice"
     assert rate > 0
     assert counts["recover_s"]
@@ -53,7 +52,10 @@ def test_garbage_changes_nothing() -> None:
     hurt("garbage", 3, 1, 3.0)
 
 
-def test_workers_whose_network_is_gone_for_a_while_come_back() -> None:
+@pytest.mark.parametrize(("name", "seconds"), [("cut", 18.0), ("way", 10.0)])
+def test_workers_whose_network_is_gone_for_a_while_or_bad_stay_in(
+    name: str, seconds: float
+) -> None:
     if why := without_namespaces():
         pytest.skip(f"no network namespaces: {why}")
-    hurt("cut", 3, 1, 18.0)
+    hurt(name, 3, 1, seconds)
