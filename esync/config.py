@@ -475,7 +475,7 @@ def check_fields(config: Any, where: str) -> None:
         accepted = (int, float) if hint is float else (hint,)
         if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
             expected = " or ".join([hint.__name__, *map(repr, item.metadata["words"])])
-            raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+            raise ConfigError(f"{name}: expected {expected}, got {value!r:.80}")
         choices = item.metadata.get("choices")
         if choices and value not in choices and value != item.default:
             raise ConfigError(f"{name}: " + unknown(item.name, str(value), choices))
@@ -499,7 +499,7 @@ def build(cls: type[C], raw: Any, where: str) -> C:
     known = {item.name for item in dataclasses.fields(typing.cast(Any, cls))}
     for key in raw:
         if key not in known:
-            raise ConfigError(f"[{where}]: " + unknown("key", str(key), known))
+            raise ConfigError(f"[{where}]: " + unknown("key", f"{key!s:.80}", known))
     words = {
         item.name: item.metadata["words"] for item in dataclasses.fields(typing.cast(Any, cls))
     }

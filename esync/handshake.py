@@ -35,6 +35,8 @@ _OUTCOMES = (
 )
 _OFTEN = 3
 """Handshakes without an answer, one after the other, that are no coincidence."""
+MAX_TOKEN = 100
+"""Bytes of a token, at most."""
 _numbers = itertools.count()
 
 

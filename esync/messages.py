@@ -415,6 +415,8 @@ def decode(frame: bytes | memoryview) -> Message:
         elif type(value) is int:
             if not -1 <= value < 2**53:
                 raise MessageError("bad-field", f"{kind}.{name}: {value} is out of range")
+        elif type(value) is dict and not all(type(key) is str for key in value):
+            raise MessageError("bad-field", f"{kind}.{name}: a map's keys are text")
         elif type(value) is bytes and len(value) > MAX_BYTES:
             raise MessageError("bad-field", f"{kind}.{name}: {len(value)} bytes are too many")
         elif type(value) is str and (

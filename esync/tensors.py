@@ -26,6 +26,8 @@ Parts = Sequence[Vector]
 CHUNK_ELEMENTS = 1 << 19
 """Elements in a chunk: 2 MiB of float32."""
 MAX_ELEMENTS = 1 << 40
+MAX_AXES = 64
+"""As many as NumPy's arrays have; the size of a shape of very many axes takes hours to multiply."""
 
 DELTA = "delta"
 VALUE = "value"
@@ -113,9 +115,9 @@ class Layout:
         """The same leaves, for so many parameter servers.
 
         Raises:
-            ModelError: there are not as many elements.
+            ModelError: there are not as many elements, or no server.
         """
-        if shards > self.size:
+        if not 0 < shards <= self.size:
             raise ModelError(f"{self.size} elements cannot be shared by {shards} parameter servers")
         return replace(self, shards=shards)
 
@@ -161,6 +163,8 @@ class Layout:
             for kind, path, shape, dtype in raw["leaves"]:
                 if kind not in (DELTA, VALUE) or not isinstance(path, str):
                     raise ValueError(f"{kind!r:.40} {path!r:.80}")
+                if len(shape) > MAX_AXES:
+                    raise ValueError(f"{len(shape)} axes")
                 if not all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in shape):
                     raise ValueError(f"shape {shape!r:.80}")
                 leaves.append(Leaf(kind, path, tuple(shape), str(dtype)))

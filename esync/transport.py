@@ -77,6 +77,14 @@ def check_endpoint(endpoint: str) -> str:
     )
 
 
+def check_reachable(endpoint: str) -> None:
+    """Raises TransportError unless `endpoint` is one to connect to: with a port, not `*`."""
+    check_endpoint(endpoint)
+    port = endpoint.rpartition(":")[2]
+    if endpoint.startswith("tcp://") and not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise TransportError(f"{endpoint!r:.80} has no port to connect to")
+
+
 def is_local(endpoint: str) -> bool:
     """Whether only this machine can reach a socket bound to `endpoint`."""
     if not endpoint.startswith("tcp://"):

@@ -82,12 +82,12 @@ def join(directory: Path) -> Path | None:
     for path in paths:
         try:
             with safe_open(path, framework="np") as file:
-                abouts.append(json.loads(file.metadata()[ABOUT]))
+                abouts.append(_shard_of(file.metadata()[ABOUT]))
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise EsyncError(f"{path} is not a shard of a model: {error}") from error
-    shards = abouts[0].get("shards")
-    if {about.get("shard") for about in abouts} != set(range(shards or 0)):
+    shards = abouts[0]["shards"]
+    if {about["shard"] for about in abouts} != set(range(shards)):
         raise EsyncError(f"{directory} has {len(paths)} shards of a model that has {shards}")
     if len({about["digest"] for about in abouts}) > 1:
         raise EsyncError(f"the shards in {directory} are not of one model")
@@ -101,6 +101,18 @@ def join(directory: Path) -> Path | None:
     for path in paths:
         path.unlink()
     return directory / MODEL
+
+
+def _shard_of(text: str) -> dict[str, Any]:
+    """What a shard's file says of itself.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    about = json.loads(text)
+    if not all(type(about[key]) is int for key in ("version", "shard", "shards")):
+        raise TypeError("version, shard and shards are numbers")
+    return dict(about) | {"digest": str(about["digest"])}
 
 
 def _joined(leaf: Leaf, tensors: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
@@ -208,7 +220,7 @@ class Checkpoints:
         for path in self.paths():
             try:
                 return _read(path)
-            except (EsyncError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            except (EsyncError, SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
                 say(f"{path} is damaged and passed over: {error}")
         return None
 
@@ -220,13 +232,19 @@ def _read(path: Path) -> Snapshot:
         about = json.loads(file.metadata()[ABOUT])
         if about["format"] != FORMAT:
             raise EsyncError(f"it has format {about['format']}, this esync reads {FORMAT}")
+        for name in ("version", "shard", "shards"):
+            if type(about[name]) is not int:
+                raise TypeError(f"its {name} is {about[name]!r:.40}")
+        whole = Layout.from_wire(about).cut(about["shards"])
+        counts = dict(about["counts"])
+        if not all(type(n) is int and n <= len(whole.chunks) for n in counts.values()):
+            raise ValueError("it has more chunks than its model")
         arrays: dict[str, list[np.ndarray[Any, Any] | None]] = {
-            name: [None] * count for name, count in about["counts"].items()
+            name: [None] * count for name, count in counts.items()
         }
         for name in file.keys():  # noqa: SIM118
             group, _, i = name.rpartition("/")
             arrays[group][int(i)] = file.get_tensor(name)
-    whole = Layout.from_wire(about).cut(about["shards"])
     return Snapshot(
         about["version"], whole, about["shard"], arrays, about["members"], about["config"]
     )

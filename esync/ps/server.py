@@ -254,7 +254,7 @@ class TensorThread(threading.Thread):
         if message.epoch < self._epoch:
             return
         self._epoch = message.epoch
-        self._turns.first = frozenset(str(worker) for worker in message.first)
+        self._turns.first = frozenset(x for x in message.first if isinstance(x, str))
         if message.layout is not None:
             whole = Layout.from_wire(message.layout).cut(self._config.ps)
             if self._untrained():
@@ -267,7 +267,7 @@ class TensorThread(threading.Thread):
             self._delivery.forget(worker)
         if self.aggregation is not None:
             self._emit(self.aggregation.set_members(message.workers))
-            for worker in self._arrival.keys() - message.workers.keys():
+            for worker in self._arrival.keys() - message.workers.keys() - self._subscribers.keys():
                 del self._arrival[worker]
         self._tell(Members(message.epoch, {}))
 
@@ -363,6 +363,7 @@ class TensorThread(threading.Thread):
                 self._tell(Lost("", worker))
             else:
                 self._delivery.forget(worker)
+                self._arrival.pop(worker, None)
 
     def _have(self, message: Have) -> None:
         """A subscriber has received something: the next may go, to it or to those whose turn it is then."""
@@ -423,7 +424,9 @@ class TensorThread(threading.Thread):
         worker = None
         try:
             message, payload = self._opened(frames)
-            if isinstance(message, Update):
+            if isinstance(message, (Update, Fetch)) and not self._knows(_subscriber(message)):
+                self.counters["unknown-worker"] += 1  # it will ask again, once it is here
+            elif isinstance(message, Update):
                 worker = message.worker
                 self._update(message, payload)
             elif isinstance(message, Have):
@@ -444,6 +447,12 @@ class TensorThread(threading.Thread):
             self._faults.say(worker or SOMEBODY, error.code, text, level=level)
             if worker is not None:
                 self._send_to(worker, Error(error.code, error.text))
+
+    def _knows(self, worker: str) -> bool:
+        """Whether a name is one that is expected or subscribes: what is kept for each is not kept for made-up ones."""
+        if worker not in self._members and worker not in self._subscribers:
+            self._upstream()  # it has come on another connection, and may have overtaken
+        return worker in self._members or worker in self._subscribers
 
     def _update(self, message: Update, sent: list[memoryview]) -> None:
         assert self.aggregation is not None
@@ -497,8 +506,7 @@ class TensorThread(threading.Thread):
         """Use a worker's memory, and offer it the model's."""
         assert self.layout is not None
         assert self.whole is not None
-        if message.worker not in self._subscribers:
-            self._upstream()  # it has come on another connection, and may have overtaken
+        self._knows(message.worker)
         known = message.worker in self._subscribers and message.incarnation == self.incarnation
         if not known or not self._config.shared_memory:
             return
@@ -793,9 +801,10 @@ class TensorThread(threading.Thread):
         return True
 
 
-def _subscriber(message: Fetch | Have) -> str:
+def _subscriber(message: Fetch | Have | Update) -> str:
     """Under which name its sender is sent models."""
-    return f"{EVALUATOR}{message.worker}" if message.evaluator else message.worker
+    evaluator = not isinstance(message, Update) and message.evaluator
+    return f"{EVALUATOR}{message.worker}" if evaluator else message.worker
 
 
 def topic_of(worker: str) -> bytes:
@@ -985,6 +994,8 @@ class ParameterServer:
         self._welcome = message
         try:
             config = build(RunConfig, message.config, "run")
+            if not 0 <= message.rank < config.ps:
+                raise ConfigError(f"there is no shard {message.rank} of {config.ps}")
             checkpoints, snapshot = self._checkpoints(message.rank)
         except (ConfigError, EsyncError) as error:
             self._fail(error)
@@ -1052,7 +1063,7 @@ class ParameterServer:
             return
         try:
             if message.layout is not None:
-                Layout.from_wire(message.layout)
+                Layout.from_wire(message.layout).cut(self.thread.shards if self.thread else 1)
             if not all(type(rank) is int for rank in message.workers.values()):
                 raise ModelError("members: ranks are integers")
         except ModelError as error:

@@ -38,6 +38,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 60}:{whole % 60:02d}"
 
 
+def plain(text: str, style: str = "") -> Text:
+    """What others call themselves, as it is: no markup, nothing that a terminal obeys."""
+    return Text("".join(x if x.isprintable() else "\N{REPLACEMENT CHARACTER}" for x in text), style)
+
+
 def progress(status: dict[str, Any]) -> tuple[float, float | None]:
     """(share done, seconds left or None if nobody can know) of a run."""
     elapsed = status["elapsed_s"]
@@ -83,11 +88,11 @@ def live_table(status: dict[str, Any], waiting_for: str) -> Group:
     for row in status["workers"]:
         trains = row["role"] == "worker"
         table.add_row(
-            row["worker"],
-            row["device"],
+            plain(row["worker"]),
+            plain(row["device"]),
             str(max(row["round"], 0)) if trains else "",
             str(row["step"]) if trains else "",
-            PHASES.get(row["phase"], row["phase"]),
+            plain(PHASES.get(row["phase"], row["phase"])),
             f"{row['step_s']:.3f}" if row["step_s"] else "",
             f"{row['compute_ratio']:.0%}" if row["steps"] else "",
             f"{row['loss']:.3f}" if row["loss"] is not None else "",
@@ -99,9 +104,9 @@ def live_table(status: dict[str, Any], waiting_for: str) -> Group:
         bar.add_row(ProgressBar(total=1.0, completed=share, width=60), f"{share:.0%}")
         parts.append(bar)
     if status["stopped"]:
-        parts.append(Text(f"ending: {status['stopped']}"))
+        parts.append(plain(f"ending: {status['stopped']}"))
     elif waiting_for:
-        parts.append(Text(f"waiting for {waiting_for}", style="yellow"))
+        parts.append(plain(f"waiting for {waiting_for}", style="yellow"))
     return Group(*parts, table)
 
 
@@ -134,4 +139,4 @@ class _Lines:
         due = time.monotonic() - self._at > PLAIN_EVERY_S
         if line != self._line and (due or waiting_for):
             self._line, self._at = line, time.monotonic()
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self._console.print(plain(line), highlight=False, soft_wrap=True)

@@ -219,7 +219,7 @@ class Handlers:
             raise MessageError("bad-field", "join of a ps: endpoints need push and model")
         try:
             for key in ("push", "model"):
-                transport.check_endpoint(endpoints[key])
+                transport.check_reachable(endpoints[key])
         except TransportError as error:
             raise MessageError("bad-field", f"join of a ps: {error}") from error
         known = self.servers.get(message.worker)
@@ -831,7 +831,7 @@ class Handlers:
 
     def on_error(self, peer: bytes, message: Error) -> None:
         text = f"reports an error: {message.code}: {message.text}"
-        self.faults.say(peer, message.code, text)
+        self.faults.say(peer, "reported", text)  # codes can be made up
 
     def status(self) -> dict[str, Any]:
         """The live table, for people."""

@@ -335,7 +335,8 @@ class AdaptiveEsync(Policy):
         """How many local steps a round takes the slowest worker."""
         if self.min_steps is not None:
             return self.min_steps
-        return min(MOST_MIN_STEPS, max(1, round(slowest.sync_s.value / slowest.step_s.value)))
+        steps = slowest.sync_s.value / slowest.step_s.value  # infinite, if somebody reports absurd times
+        return max(1, round(min(MOST_MIN_STEPS, steps)))
 
     def _fitting_steps(self, slowest: Record, record: Record, now: float) -> int:
         """How many of `record`'s steps, begun now, end before the slowest worker's update arrives."""

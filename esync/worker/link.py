@@ -21,7 +21,7 @@ from esync.compression import Compressor
 from esync.device_memory import Array
 from esync.errors import EsyncError, ProtocolError, TransportError
 from esync.fault_log import FaultLog
-from esync.handshake import Token
+from esync.handshake import MAX_TOKEN, Token
 from esync.keys import ClientKeys
 from esync.mailbox import Mailbox
 from esync.messages import (
@@ -274,6 +274,7 @@ class Link(threading.Thread):
 
     def _on_welcome(self, message: Welcome) -> None:
         shared = self.shared
+        doors = [self._door(raw, message) for raw in message.endpoints]
         with shared.changed:
             shared.welcome = message
             if self._join.layout is not None:
@@ -285,18 +286,19 @@ class Link(threading.Thread):
         self._join.rank = message.rank  # also if the state server does not know us any more
         self._faults.over(self._join.worker, "unknown-worker")
         if self._join.layout is not None and not self._channels:
-            self._connect(message)
-        else:
-            self._connect_again(message)
+            self._connect(doors)
+        elif len(doors) == len(self._channels):
+            # A parameter server may have come back elsewhere, and a state server with another key.
+            for channel, (address, envelope) in zip(self._channels, doors, strict=True):
+                channel.connect(address, envelope)
 
-    def _connect(self, message: Welcome) -> None:
+    def _connect(self, doors: list[tuple[Address, Envelope]]) -> None:
         """Connect to the parameter servers."""
         model = self.shared.model
         assert model is not None
-        if len(message.endpoints) != model.layout.shards:
-            text = f"{len(message.endpoints)} endpoints for {model.layout.shards} parameter servers"
+        if len(doors) != model.layout.shards:
+            text = f"{len(doors)} endpoints for {model.layout.shards} parameter servers"
             raise MessageError("bad-field", f"welcome: {text}")
-        doors = [self._door(raw, message) for raw in message.endpoints]
         for shard, (address, envelope) in enumerate(doors):
             self._channels.append(
                 Channel(
@@ -318,18 +320,14 @@ class Link(threading.Thread):
                 )
             )
 
-    def _connect_again(self, message: Welcome) -> None:
-        """A parameter server may have come back elsewhere, and a state server with another key."""
-        if len(message.endpoints) == len(self._channels):
-            for channel, raw in zip(self._channels, message.endpoints, strict=True):
-                channel.connect(*self._door(raw, message))
-
     def _door(self, raw: Any, welcome: Welcome) -> tuple[Address, Envelope]:
         """Where a parameter server is, as it is reached from here, and how messages with it are sealed."""
         told = raw if isinstance(raw, dict) else {}
         push, model, token = told.get("push"), told.get("model"), told.get("token", "")
         if not (isinstance(push, str) and isinstance(model, str) and isinstance(token, str)):
             raise MessageError("bad-field", "welcome.endpoints need push and model")
+        if len(token.encode()) > MAX_TOKEN:
+            raise MessageError("bad-field", f"a token has at most {MAX_TOKEN} bytes")
         curve = self._keys if told.get("curve") else None
         address = Address(
             transport.resolved(push, self._state),
