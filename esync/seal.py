@@ -180,7 +180,9 @@ class Envelope:
 
     def __init__(self, run_key: bytes, identity: str) -> None:
         if len(run_key) not in (0, KEY_BYTES):
-            raise MessageError("bad-field", f"a run's key has {KEY_BYTES} bytes, not {len(run_key)}")
+            raise MessageError(
+                "bad-field", f"a run's key has {KEY_BYTES} bytes, not {len(run_key)}"
+            )
         self.key = run_key
         self._sealer = Sealer(run_key, identity) if run_key else None
         self._opener = Opener(run_key) if run_key else None

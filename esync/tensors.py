@@ -168,6 +168,8 @@ class Layout:
                 if not all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in shape):
                     raise ValueError(f"shape {shape!r:.80}")
                 leaves.append(Leaf(kind, path, tuple(shape), str(dtype)))
+            if leaves != sorted(leaves, key=lambda leaf: leaf.kind != DELTA):
+                raise ValueError("values before deltas")
             layout = Layout(tuple(leaves))
             if not 0 < layout.size <= MAX_ELEMENTS:
                 raise ValueError(f"{layout.size} elements")

@@ -87,7 +87,7 @@ def join(directory: Path) -> Path | None:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise EsyncError(f"{path} is not a shard of a model: {error}") from error
     shards = abouts[0]["shards"]
-    if {about["shard"] for about in abouts} != set(range(shards)):
+    if shards != len(abouts) or {about["shard"] for about in abouts} != set(range(len(abouts))):
         raise EsyncError(f"{directory} has {len(paths)} shards of a model that has {shards}")
     if len({about["digest"] for about in abouts}) > 1:
         raise EsyncError(f"the shards in {directory} are not of one model")
@@ -220,7 +220,14 @@ class Checkpoints:
         for path in self.paths():
             try:
                 return _read(path)
-            except (EsyncError, SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+            except (
+                EsyncError,
+                SafetensorError,
+                OSError,
+                LookupError,
+                TypeError,
+                ValueError,
+            ) as error:
                 say(f"{path} is damaged and passed over: {error}")
         return None
 
@@ -233,7 +240,7 @@ def _read(path: Path) -> Snapshot:
         if about["format"] != FORMAT:
             raise EsyncError(f"it has format {about['format']}, this esync reads {FORMAT}")
         for name in ("version", "shard", "shards"):
-            if type(about[name]) is not int:
+            if type(about[name]) is not int or about[name] < 0:
                 raise TypeError(f"its {name} is {about[name]!r:.40}")
         whole = Layout.from_wire(about).cut(about["shards"])
         counts = dict(about["counts"])
@@ -244,7 +251,9 @@ def _read(path: Path) -> Snapshot:
         }
         for name in file.keys():  # noqa: SIM118
             group, _, i = name.rpartition("/")
-            arrays[group][int(i)] = file.get_tensor(name)
+            arrays[group][int(i)] = x = file.get_tensor(name)
+            if x.dtype != np.float32 or x.ndim != 1:
+                raise TypeError(f"{name} is {x.dtype}{list(x.shape)}, not a vector of float32")
     return Snapshot(
         about["version"], whole, about["shard"], arrays, about["members"], about["config"]
     )

@@ -335,7 +335,9 @@ class AdaptiveEsync(Policy):
         """How many local steps a round takes the slowest worker."""
         if self.min_steps is not None:
             return self.min_steps
-        steps = slowest.sync_s.value / slowest.step_s.value  # infinite, if somebody reports absurd times
+        steps = (
+            slowest.sync_s.value / slowest.step_s.value
+        )  # infinite, if somebody reports absurd times
         return max(1, round(min(MOST_MIN_STEPS, steps)))
 
     def _fitting_steps(self, slowest: Record, record: Record, now: float) -> int:
