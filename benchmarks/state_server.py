@@ -3,9 +3,14 @@
 Both servers run in processes of their own, and one client process with a socket for each simulated worker asks
 both in turn, a slice of time each, so that whatever else the machine does slows both. The workers of the state
 server have really joined, and each answer is a decision of the default policy. Every worker has one query
-under way at any time: at full load a round trip mostly waits for the other workers' turns.
+under way at any time: at full load a round trip mostly waits for the other workers' turns. These ask more often than
+any that train, so there is no limit to their rate here.
+
+With `--flood` it measures instead what one peer that sends as fast as it can costs a worker with steps of 1 ms: slices
+with and without the flood, in turn. The flood comes from a process of its own, and that takes a share of the cores.
 
     python benchmarks/state_server.py --quick
+    python benchmarks/state_server.py --flood
 """
 
 from __future__ import annotations
@@ -38,6 +43,15 @@ CYCLE = (8, 8)
 """Rounds, and local steps in each, that a worker's queries go through before they start over."""
 TIMEOUT_MS = 10_000
 ENDPOINT = "tcp://127.0.0.1:*"
+FLOODS = ("queries of a worker", "noise of a stranger", "questions of a stranger")
+"""What one peer floods the server with."""
+ELSEWHERE = "noise, for an echo"
+"""And a flood for another server: what the machine's cores alone cost."""
+FLOODER, STRANGER = "flooder", "stranger"
+STEP_S = 0.001
+"""A local step of the worker beside it."""
+BURST = 100
+"""Messages that a flood sends before it looks whether it is to go on."""
 
 
 # The servers
@@ -52,11 +66,40 @@ def serve_echo(ready: Any) -> None:
         socket.send_multipart(socket.recv_multipart())
 
 
-def serve_state(ready: Any, workers: int) -> None:
+def serve_state(ready: Any, workers: int, limited: bool) -> None:
     """The state server as `esync-state` runs it; nothing ends the run."""
-    server = StateServer(RunConfig(workers=workers, heartbeat_s=3600.0), ENDPOINT)
+    run = RunConfig(workers=workers, heartbeat_s=3600.0)
+    server = StateServer(run, ENDPOINT) if limited else StateServer(run, ENDPOINT, max_rate=0.0)
     ready(server.endpoint)
     transport.run(server.run())
+
+
+def serve_flood(ready: Any, state: str, kind: str) -> None:
+    """One peer that sends as fast as it can while it is told to, and reads no answer."""
+    context: zmq.Context[Any] = zmq.Context()
+    told = context.socket(zmq.REP)
+    told.bind(ENDPOINT)
+    name = FLOODER if kind == FLOODS[0] else STRANGER
+    frame = {
+        FLOODS[0]: messages.encode(Query(name, 0, 1, ahead=1, compute_s=1.0)),
+        FLOODS[1]: b"\xc1" * 100,
+        ELSEWHERE: b"\xc1" * 100,
+        FLOODS[2]: messages.encode(messages.Status()),
+    }[kind]
+    ready(told.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0"))
+    flooding, sent, socket = False, 0, transport.dealer(context, name, state)
+    while True:
+        if not flooding or told.poll(0):
+            flooding = told.recv() == b"flood"
+            told.send(b"%d" % sent)
+            sent = 0
+            continue
+        try:
+            for _ in range(BURST):
+                socket.send(frame, zmq.NOBLOCK)
+                sent += 1
+        except zmq.Again:
+            socket.poll(1, zmq.POLLOUT)
 
 
 # The load
@@ -69,8 +112,8 @@ class Worker:
     scatter by two percent.
     """
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, rank: int) -> None:
-        self.name = f"worker-{rank:03d}"
+    def __init__(self, context: zmq.Context[Any], endpoint: str, rank: int, name: str = "") -> None:
+        self.name = name or f"worker-{rank:03d}"
         self.socket = transport.dealer(context, self.name, endpoint)
         self.socket.linger = 0
         self.socket.rcvtimeo = TIMEOUT_MS
@@ -140,8 +183,8 @@ class Figures:
     per_s: float
 
 
-def load(workers: list[Worker], seconds: float) -> Figures:
-    """Keep one query of every worker under way for so long.
+def load(workers: list[Worker], seconds: float, step_s: float = 0.0) -> Figures:
+    """Keep one query of every worker under way for so long, each `step_s` after the last one's answer.
 
     The workers take turns: both servers answer first come, first served, so that the next worker's answer is
     the next to come.
@@ -165,6 +208,9 @@ def load(workers: list[Worker], seconds: float) -> Figures:
             socket.recv()
             now = clock()
             times.append(now - asked[i])
+            if step_s:
+                time.sleep(step_s)
+                now = clock()
             asked[i] = now
             socket.send(next(queries))
     for worker in workers:
@@ -180,7 +226,7 @@ def connected(count: int) -> Iterator[tuple[list[Worker], list[Worker]]]:
     """`count` workers of an echo server and as many of a state server, ready to be measured."""
     with (
         measure.process(serve_echo) as echo_at,
-        measure.process(serve_state, count) as state_at,
+        measure.process(serve_state, count, False) as state_at,
     ):
         context: zmq.Context[Any] = zmq.Context()
         try:
@@ -205,38 +251,74 @@ def compare(count: int, seconds: float, repetitions: int) -> dict[str, Any]:
         "clients": count,
         "echo": asdict(_median([pair[0] for pair in pairs])),
         "esync": asdict(_median([pair[1] for pair in pairs])),
-        "ratio": asdict(
-            Figures(
-                median(b.p50_us / a.p50_us for a, b in pairs),
-                median(b.p99_us / a.p99_us for a, b in pairs),
-                median(b.per_s / a.per_s for a, b in pairs),
-            )
-        ),
+        "ratio": asdict(_ratio(pairs)),
     }
+
+
+def flooded(kind: str, seconds: float, repetitions: int) -> dict[str, Any]:
+    """Medians over the repetitions of slices with and without a flood; the ratios are of each pair's own."""
+    with (
+        measure.process(serve_echo) as echo_at,
+        measure.process(serve_state, 2, True) as state_at,
+    ):
+        context: zmq.Context[Any] = zmq.Context()
+        try:
+            worker, flooder = (Worker(context, state_at, r, n) for r, n in ((0, ""), (1, FLOODER)))
+            join(context, state_at, [worker, flooder])
+            flooder.socket.close(0)  # its process goes on under its name
+            target = echo_at if kind == ELSEWHERE else state_at
+            with measure.process(serve_flood, target, kind) as flood_at:
+                tell = context.socket(zmq.REQ)
+                tell.connect(flood_at)
+                load([worker], min(seconds, 0.3))  # warm up
+                pairs, sent = [], 0
+                for _ in range(repetitions):
+                    quiet = load([worker], seconds, STEP_S)
+                    tell.send(b"flood")
+                    tell.recv()
+                    pairs.append((quiet, load([worker], seconds, STEP_S)))
+                    tell.send(b"stop")
+                    sent += int(tell.recv())
+                    load([worker], min(seconds, 0.3))  # what is left of it
+        finally:
+            context.destroy(linger=0)
+    return {
+        "flood": kind,
+        "sent_per_s": sent / (seconds * repetitions),
+        "quiet": asdict(_median([pair[0] for pair in pairs])),
+        "flooded": asdict(_median([pair[1] for pair in pairs])),
+        "ratio": asdict(_ratio(pairs)),
+    }
+
+
+def _ratio(pairs: list[tuple[Figures, Figures]]) -> Figures:
+    """Medians of each pair's own ratio."""
+    names = asdict(pairs[0][0])
+    return Figures(*(median(getattr(b, n) / getattr(a, n) for a, b in pairs) for n in names))
 
 
 def _median(rows: list[Figures]) -> Figures:
     return Figures(*(median(getattr(row, name) for row in rows) for name in asdict(rows[0])))
 
 
-def show(rows: list[dict[str, Any]], caption: str) -> None:
-    """Print the table: a line for each server, and one for their ratio."""
-    table = Table(title="Query round trips: state server and bare echo", caption=caption)
-    for column in ("workers", "server", "p50 µs", "p99 µs", "messages/s"):
-        table.add_column(column, justify="left" if column == "server" else "right")
+def show(rows: list[dict[str, Any]], title: str, caption: str, about: str, two: list[str]) -> None:
+    """Print the table: a line for each of the `two`, and one for their ratio."""
+    table = Table(title=title, caption=caption)
+    for column in (about, "", "p50 µs", "p99 µs", "messages/s"):
+        table.add_column(column, justify="left" if not column else "right")
     for row in rows:
-        for server in ("echo", "esync"):
-            f = row[server]
+        for name in two:
+            f = row[name]
             table.add_row(
-                str(row["clients"]) if server == "echo" else "",
-                server,
+                str(row[about]) if name == two[0] else "",
+                name,
                 f"{f['p50_us']:,.0f}",
                 f"{f['p99_us']:,.0f}",
                 f"{f['per_s']:,.0f}",
             )
         f = row["ratio"]
         cells = [f"{f[name]:.2f}" for name in ("p50_us", "p99_us", "per_s")]
-        table.add_row("", "esync / echo", *cells, style="bold", end_section=True)
+        table.add_row("", f"{two[1]} / {two[0]}", *cells, style="bold", end_section=True)
     Console().print(table)
 
 
@@ -257,18 +339,26 @@ def allow_sockets() -> None:
 @click.option(
     "--repetitions", type=click.IntRange(min=1), help="Pairs of slices to measure [9; quick: 3]."
 )
+@click.option("--flood", is_flag=True, help="What a flood from one peer costs another worker.")
 @click.option("--json", "file", type=click.File("w", lazy=True), help="Write the figures here too.")
-def main(quick: bool, seconds: float | None, repetitions: int | None, file: Any) -> None:
+def main(
+    quick: bool, seconds: float | None, repetitions: int | None, flood: bool, file: Any
+) -> None:
     """Measure the state server's round trips with 1, 16 and 256 workers next to a bare ZeroMQ echo."""
     allow_sockets()
     seconds = seconds or (0.2 if quick else 1.0)
     repetitions = repetitions or (3 if quick else 9)
-    rows = [compare(count, seconds, repetitions) for count in CLIENTS]
     where = measure.environment()
-    show(
-        rows,
-        f"Medians of {repetitions} x {seconds:g} s; load and servers share {where['cores']} cores.",
+    caption = (
+        f"Medians of {repetitions} x {seconds:g} s; load and servers share {where['cores']} cores."
     )
+    if flood:
+        rows = [flooded(kind, seconds, repetitions) for kind in (*FLOODS, ELSEWHERE)]
+        show(rows, "Query round trips: under a flood", caption, "flood", ["quiet", "flooded"])
+    else:
+        rows = [compare(count, seconds, repetitions) for count in CLIENTS]
+        title = "Query round trips: state server and bare echo"
+        show(rows, title, caption, "clients", ["echo", "esync"])
     if file:
         result = {
             "seconds": seconds,

@@ -20,6 +20,7 @@ from esync import models
 from esync.algorithms import ALGORITHMS, PRESETS, algorithm
 from esync.compression import COMPRESSIONS, Encoding
 from esync.errors import ConfigError, unknown
+from esync.limits import MAX_PEERS, RATE
 from esync.messages import MessageError, check_worker_id
 from esync.transport import DEFAULT_STATE
 
@@ -296,6 +297,14 @@ class StateConfig:
         "", "Directory made by esync-keys: encrypt, and let in the keys of its list alone."
     )
     insecure: bool = _option(False, "Allow listening beyond this machine without keys.")
+    max_peers: int = _option(
+        MAX_PEERS, "Workers, evaluators and parameter servers that may be in the run.", low=2
+    )
+    max_rate: float = _option(
+        RATE,
+        "Messages a second of one worker, or of one stranger; what is beyond that is dropped (0: no limit).",
+        low=0,
+    )
     metrics_port: int = _option(
         0, "Port for Prometheus metrics and /healthz, over plain HTTP (0: none).", low=0, high=65535
     )
@@ -448,6 +457,15 @@ class ClusterConfig:
             twice = next(name for name in names if names.count(name) > 1)
             raise ConfigError(f"[[workers]]: two workers are named {twice!r}; names must differ")
         return rows
+
+
+def check_room(run: RunConfig, state: StateConfig) -> None:
+    """Raise ConfigError if a run waits for more members than it lets in."""
+    if run.workers + run.ps > state.max_peers:
+        raise ConfigError(
+            f"[state] max_peers = {state.max_peers} lets in fewer than the {run.workers} workers and {run.ps} "
+            "parameter servers that the run starts with; set it to more than these, with room for evaluators"
+        )
 
 
 def ps_names(count: int) -> list[str]:

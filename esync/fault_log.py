@@ -50,7 +50,8 @@ class FaultLog:
         """
         key = name_of(peer), reason
         if key not in self._faults and len(self._faults) >= REMEMBERED:
-            key = OTHERS, reason
+            known = (OTHERS, reason) in self._faults or len(self._faults) < 2 * REMEMBERED
+            key = OTHERS, reason if known else OTHERS
         fault = self._faults.setdefault(key, _Fault())
         fault.times += 1
         fault.level, fault.text = level, text if text.isprintable() else repr(text)

@@ -4,6 +4,9 @@ The receiver drains the socket into the queue and does nothing else. The router,
 order of arrival, checks them, and calls the one handler registered for the type. Handlers answer through the
 sender. Only the router's task runs handlers, so what they share needs no lock.
 
+With limits (`esync.limits`) what one peer sends beyond them is dropped when it is received, before it is decoded, and
+members take turns in the queue, so that one that floods it delays no other.
+
 A server is a socket and its handlers:
 
     server = MessageServer(socket)
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -25,6 +29,7 @@ import zmq
 
 from esync import handshake, messages
 from esync.fault_log import FaultLog
+from esync.limits import Limits, Queue, Standing, Verdict
 from esync.messages import Error, Message, MessageError
 
 log = logging.getLogger("esync.messaging")
@@ -33,8 +38,15 @@ LOCAL = b"\0local"
 """The peer of events that this process put on the queue itself."""
 INTERNAL = "internal"
 """The code of an error that is this side's own defect."""
+TOO_MANY = "too-many"
+"""The code of an error that says that a peer's messages are dropped."""
 DRAIN = 256
 """Messages taken off the socket before the router gets a turn."""
+DROPS = 16
+"""Of these, at most so many are dropped: a flood waits on its own connection meanwhile."""
+QUEUED = 100_000
+"""When so many messages wait and there are no limits, no more are taken off the socket, so that its high-water mark
+holds the sender back."""
 # Plain integers: combining pyzmq's enumerations takes longer than sending a message.
 NOBLOCK = int(zmq.NOBLOCK)
 NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -46,8 +58,8 @@ class MessageServer:
 
     Args:
         socket: a bound ROUTER or a connected DEALER; used only from the loop's thread.
-        queue_limit: when so many messages wait, no more are taken off the socket, so that its
-            high-water mark holds the senders back.
+        limits: what one peer may send; None: as much as it likes.
+        standing: what a peer is to this server, for the limits.
         check: called before each message's handler with the peer, the message and the public key that it came by (on
             a CURVE server); raises MessageError to refuse it.
 
@@ -61,7 +73,8 @@ class MessageServer:
         self,
         socket: zmq.Socket[bytes],
         *,
-        queue_limit: int = 100_000,
+        limits: Limits | None = None,
+        standing: Callable[[bytes], Standing] = lambda peer: Standing.STRANGER,
         check: Callable[[bytes, Message, str], None] | None = None,
     ) -> None:
         self.socket = socket
@@ -72,13 +85,16 @@ class MessageServer:
         self._routed = socket.getsockopt(zmq.TYPE) == zmq.ROUTER
         self._handlers: dict[type, Callable[[bytes, Any], None]] = {}
         self._check = check
-        self._queue: deque[tuple[bytes, Any, str]] = deque()
+        self._queue: Queue[tuple[bytes, Any, str]] = Queue(limits, standing)
         self._outbox: deque[tuple[bytes, bytes]] = deque()
-        self._limit = queue_limit
+        self._limits = limits
         self._wake: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = False
         self._routing = False
+        self._left = (
+            False  # the socket was not drained, and may say nothing about what is left on it
+        )
 
     def on(self, kind: type[M], handler: Callable[[bytes, M], None]) -> None:
         """Register the one handler for a message type (or for a local event's class)."""
@@ -86,7 +102,7 @@ class MessageServer:
 
     def post(self, event: object) -> None:
         """Put a local event on the queue: its handler runs in turn, like any message's."""
-        self._queue.append((LOCAL, event, ""))
+        self._queue.post((LOCAL, event, ""))
         if self._wake is not None:
             self._wake.set()
 
@@ -123,7 +139,7 @@ class MessageServer:
         self._loop.add_reader(descriptor, self._receive)
         try:
             self._receive()
-            if self._queue:
+            if self._queue:  # what was posted before
                 self._wake.set()
             await self._route()
         finally:
@@ -138,22 +154,40 @@ class MessageServer:
         when somebody last looked, and sending is looking. So this drains until the socket says that nothing
         is left, and the router asks the socket again after its sends.
         """
-        queue, socket = self._queue, self.socket
+        queue, socket, drops, now = self._queue, self.socket, 0, time.monotonic()
         for _ in range(DRAIN):
-            if len(queue) >= self._limit:
+            if drops >= DROPS or (self._limits is None and len(queue) >= QUEUED):
                 break
             try:
                 peer = socket.recv(NOBLOCK) if self._routed else b""
                 frame = socket.recv(NOBLOCK, copy=False)
             except zmq.Again:
                 break
+            size, frames = len(frame), 1
+            more = frame.more
+            while more:  # nothing has more than one: they are not kept
+                rest = socket.recv(NOBLOCK, copy=False)
+                size, frames, more = size + len(rest), frames + 1, rest.more
             key = handshake.user_of(frame) if self._check is not None else ""
-            if frame.more:
-                queue.append((peer, [frame.bytes, *socket.recv_multipart(NOBLOCK)], key))
-            else:
-                queue.append((peer, frame.bytes, key))
-        if queue and self._wake is not None:
+            entry = peer, frame.bytes if frames == 1 else frames, key
+            verdict = queue.put(peer, size, entry, now)
+            if verdict is not Verdict.TAKEN:
+                drops += 1
+                self._drop(peer, tell=verdict is Verdict.TELL)
+        self._left = drops >= DROPS
+        if (queue or self._left) and self._wake is not None:
             self._wake.set()
+
+    def _drop(self, peer: bytes, *, tell: bool) -> None:
+        assert self._limits is not None
+        if not tell:
+            self.counters[TOO_MANY] += 1
+            return
+        text = (
+            f"more than {self._limits.rate:g} messages a second, or {self._limits.waiting} at once: what is beyond "
+            "that is dropped. Send less, or raise max_rate in [state]"
+        )
+        self.refuse(peer, MessageError(TOO_MANY, text))
 
     async def _route(self) -> None:
         """Router: take messages off the queue in order and call their handlers."""
@@ -162,12 +196,12 @@ class MessageServer:
             self._flush()  # what was not sent by a handler
             self._routing = True
             for _ in range(min(len(self._queue), DRAIN)):
-                self._handle(*self._queue.popleft())
+                self._handle(*self._queue.take())
                 self._flush()
-            self._routing = False
+            self._routing = self._left = False
             if int(self.socket.get(zmq.EVENTS)) & POLLIN:
                 self._receive()
-            if self._queue:
+            if self._queue or self._left:
                 await asyncio.sleep(0)  # timers and other readers get their turn
                 continue
             if self._closing:
@@ -181,7 +215,7 @@ class MessageServer:
                 self._handlers[type(frame)](peer, frame)
                 return
             if type(frame) is not bytes:
-                raise MessageError("bad-frames", f"expected one frame, got {len(frame)}")
+                raise MessageError("bad-frames", f"expected one frame, got {frame}")
             message = messages.decode(frame)
             if self._check is not None:
                 self._check(peer, message, key)

@@ -26,8 +26,8 @@ Parts = Sequence[Vector]
 CHUNK_ELEMENTS = 1 << 19
 """Elements in a chunk: 2 MiB of float32."""
 MAX_ELEMENTS = 1 << 40
-MAX_AXES = 64
-"""As many as NumPy's arrays have; the size of a shape of very many axes takes hours to multiply."""
+MAX_LEAVES, MAX_AXES, MAX_PATH, MAX_DTYPE = 50_000, 64, 1024, 40
+"""Of a layout that comes in a message: leaves, axes of one, and characters of its path and of its dtype."""
 
 DELTA = "delta"
 VALUE = "value"
@@ -160,14 +160,20 @@ class Layout:
         """
         try:
             leaves = []
+            if len(raw["leaves"]) > MAX_LEAVES:
+                raise ValueError(f"{len(raw['leaves'])} leaves are more than {MAX_LEAVES}")
             for kind, path, shape, dtype in raw["leaves"]:
-                if kind not in (DELTA, VALUE) or not isinstance(path, str):
+                if (
+                    kind not in (DELTA, VALUE)
+                    or not isinstance(path, str)
+                    or type(dtype) is not str
+                ):
                     raise ValueError(f"{kind!r:.40} {path!r:.80}")
-                if len(shape) > MAX_AXES:
-                    raise ValueError(f"{len(shape)} axes")
+                if max(len(path) / MAX_PATH, len(shape) / MAX_AXES, len(dtype) / MAX_DTYPE) > 1:
+                    raise ValueError(f"the leaf {path!r:.80} has too long a path, shape or dtype")
                 if not all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in shape):
                     raise ValueError(f"shape {shape!r:.80}")
-                leaves.append(Leaf(kind, path, tuple(shape), str(dtype)))
+                leaves.append(Leaf(kind, path, tuple(shape), dtype))
             if leaves != sorted(leaves, key=lambda leaf: leaf.kind != DELTA):
                 raise ValueError("values before deltas")
             layout = Layout(tuple(leaves))

@@ -287,7 +287,9 @@ class Mean(Aggregation):
         self._arrived: list[set[str]] = [set() for _ in self.chunks]
         # (data, factor) of what is in no sum yet
         self._waiting: list[list[tuple[Array, float]]] = [[] for _ in self.chunks]
-        self._alone: dict[int, None] = {}  # chunks with one that waits for a second, the oldest first
+        self._alone: dict[
+            int, None
+        ] = {}  # chunks with one that waits for a second, the oldest first
         self._totals: list[Array] = [None] * len(self.chunks)
         self._rooms: list[Array] = [None] * len(self.chunks)  # where those are that have one
         self._weights = [0.0] * len(self.chunks)

@@ -25,6 +25,8 @@ from esync.state.handlers import TICK_S, Handlers, Tick
 from esync.state.policy import Policy
 from esync.tensors import Layout, Vector
 
+MOST = 1_000_000
+"""Members, at most: nobody comes to a virtual cluster uninvited."""
 QUIET_S = 30.0
 """When nothing but heartbeats has happened for so long, and for a heartbeat's patience, nothing will."""
 
@@ -70,6 +72,7 @@ class Cluster:
             journal=self._journal,
             say=lambda text: None,
             policy=policy,
+            max_peers=MOST,
         )
         self._handlers = self.state.table_of_handlers()
         self._evaluator: Evaluator | None = None

@@ -39,6 +39,7 @@ def main(file: str | None, run_dir: str | None, verbose: bool, resume: bool, **v
     state = config.build(
         StateConfig, {**raw.get("state", {}), **cli.given(values, StateConfig)}, "state"
     )
+    config.check_room(run, state)
     server = StateServer(
         run,
         state.bind,
@@ -46,6 +47,8 @@ def main(file: str | None, run_dir: str | None, verbose: bool, resume: bool, **v
         run_dir=cli.make_directory(run_dir),
         keys=keys.load_server(state.keys) if state.keys else None,
         resume=resume,
+        max_peers=state.max_peers,
+        max_rate=state.max_rate,
         metrics_port=state.metrics_port,
         metrics_bind=state.metrics_bind,
         say=cli.say,

@@ -18,6 +18,7 @@ from esync.config import RunConfig
 from esync.errors import ModelError, TransportError
 from esync.fault_log import FaultLog
 from esync.journal import Journal
+from esync.limits import MAX_PEERS, Standing
 from esync.messages import (
     Error,
     Join,
@@ -60,6 +61,18 @@ SUSPICION = 1.5
 """Heartbeats that have to be missing for a worker whose connection is gone to be taken for dead."""
 WATCHING_S = 2.0
 """Who asked for the table within so long is told that the run ends."""
+WATCHERS, LOOK_S = 64, 0.1
+"""So many may watch the table at a time. Who asks again within so long is answered at the next look at the time: it is
+much to send for a small question."""
+LAYOUTS = 4
+"""Different models that workers may wait with: all but one of them will be refused."""
+RANKS = 100_000
+"""Workers whose ranks are kept for when they come back, those that came last."""
+MAX_NAME, MAX_WORD = 200, 64
+"""Longest name of a host or device, or reason for leaving, in characters, and of a phase or a life; a person is given
+the beginning of what is longer."""
+MAX_ENDPOINTS = 16
+"""Entries in what a parameter server says of how it is reached."""
 SERVER_SILENCE_S = 5.0
 """A parameter server reports every second; it is not missed sooner than after so long."""
 
@@ -105,6 +118,7 @@ class Handlers:
         on_stop: called once, when the run stops.
         finished: called once, when everybody has left a stopped run.
         run_key: told to everybody who is welcomed.
+        max_peers: ids that may be in the run; some are kept free for the parameter servers.
     """
 
     def __init__(
@@ -119,8 +133,10 @@ class Handlers:
         finished: Callable[[], None] = lambda: None,
         policy: Policy | None = None,
         run_key: bytes = b"",
+        max_peers: int = MAX_PEERS,
     ) -> None:
         self.config = config
+        self._max_peers = max_peers
         self._run_key = run_key
         self.policy = policy or policy_for(config)
         self.table = self.policy.table()
@@ -137,6 +153,7 @@ class Handlers:
         self._on_stop = on_stop
         self._finished = finished
         self._waiting: dict[str, Join] = {}
+        self._waiting_layouts: dict[str, dict[str, Any]] = {}  # theirs: digest -> layout
         self._at_gate: dict[str, Query] = {}
         self._held: dict[str, Query] = {}
         self._drawn: set[str] | None = None  # who takes part in this round; None: everybody
@@ -147,7 +164,10 @@ class Handlers:
         self._stopped_at = 0.0
         self._last_waiting = ""
         self.faults = FaultLog(log)
-        self._watching: dict[bytes, float] = {}  # who asked for the table, and when
+        self._watching: dict[bytes, float] = {}  # who asked for the table, and when it was answered
+        self._impatient: set[bytes] = (
+            set()
+        )  # of these, who asked again so soon that the answer has to wait
         self._ended = False
         self._progress_said_at = 0.0
 
@@ -191,27 +211,69 @@ class Handlers:
             )
         self._journal.write("resumed", round=self.history.version)
 
+    def standing(self, peer: bytes) -> Standing:
+        """What a peer is to this server."""
+        name = peer.decode("utf-8", "replace")
+        if name in self.table.records:
+            return Standing.MEMBER
+        return Standing.SERVER if name in self.servers else Standing.STRANGER
+
     # Joining
 
     def on_join(self, peer: bytes, message: Join) -> None:
         _check_identity(peer, message.worker)
         messages.check_worker_id(message.worker)
+        _check_texts(message)
         if message.role not in ("worker", "evaluator", "ps"):
             raise MessageError(
                 "bad-role", f"a role is worker, evaluator or ps, not {message.role!r}"
             )
         if message.version != VERSION:
-            text = f"runs esync {message.version}, here {VERSION}"
+            text = f"runs esync {message.version:.40}, here {VERSION}"
             self.faults.say(message.worker, "version", text)
         if self.stopped is not None and message.worker not in self.table.records:
             raise MessageError("run-over", f"the run is over ({self.stopped})")
         if message.role == "ps":
             self._ps_joins(peer, message)
-        elif message.layout is None or not self._served():
-            self._waiting[message.worker] = message
-            self._welcome_waiting()
+            return
+        self._check_room(message.worker)
+        if message.layout is None or not self._served():
+            self._wait_for_servers(message)
         else:
             self._take_part(peer, message, message.layout)
+
+    def _wait_for_servers(self, message: Join) -> None:
+        """Have a worker wait until the parameter servers are there; of the workers' layouts each is kept once."""
+        if message.layout is not None:
+            layout = self._layout_of(message.layout)
+            kept = self._waiting_layouts
+            if layout.digest not in kept and len(kept) >= LAYOUTS:
+                raise MessageError(
+                    "layout-mismatch",
+                    f"the model of {message.worker} is not the one of those that wait for the parameter server; start "
+                    "every worker with the same model code and configuration",
+                )
+            message.layout = kept.setdefault(layout.digest, layout.to_wire())
+        self._waiting[message.worker] = message
+        self._welcome_waiting()
+
+    def _layout_of(self, raw: dict[str, Any]) -> Layout:
+        try:
+            return Layout.from_wire(raw).cut(self.config.ps)
+        except ModelError as error:
+            raise MessageError("bad-layout", str(error)) from error
+
+    def _check_room(self, worker: str) -> None:
+        """Raise MessageError if there is no room for one more."""
+        if worker in self.table.records or worker in self._waiting:
+            return
+        most = self._max_peers - self.config.ps
+        if len(self.table.records.keys() | self._waiting.keys()) >= most:
+            raise MessageError(
+                "full",
+                f"{most} workers and evaluators are in this run, and it takes no more; raise max_peers in [state] "
+                "if they are all yours",
+            )
 
     def _ps_joins(self, peer: bytes, message: Join) -> None:
         endpoints = message.endpoints or {}
@@ -222,6 +284,13 @@ class Handlers:
                 transport.check_reachable(endpoints[key])
         except TransportError as error:
             raise MessageError("bad-field", f"join of a ps: {error}") from error
+        if len(endpoints) > MAX_ENDPOINTS or any(
+            isinstance(value, (dict, list)) for value in endpoints.values()
+        ):  # every worker is told them
+            raise MessageError(
+                "bad-field",
+                f"join of a ps: endpoints are at most {MAX_ENDPOINTS} texts and numbers",
+            )
         known = self.servers.get(message.worker)
         if known is None and self._served():
             known = self._replaced()
@@ -273,6 +342,7 @@ class Handlers:
                 self._send(worker.encode(), Status(waiting_for=self.waiting_for()))
             return
         waiting, self._waiting = self._waiting, {}
+        self._waiting_layouts = {}
         for message in waiting.values():
             try:
                 if message.layout is not None:
@@ -342,14 +412,14 @@ class Handlers:
                 break
         else:
             rank = next(n for n in range(len(taken) + 1) if n not in taken)
+        self._ranks.pop(message.worker, None)
         self._ranks[message.worker] = rank
+        if len(self._ranks) > RANKS:
+            del self._ranks[next(iter(self._ranks))]
         return rank
 
     def _take_part(self, peer: bytes, message: Join, raw: dict[str, Any]) -> None:
-        try:
-            layout = Layout.from_wire(raw).cut(self.config.ps)
-        except ModelError as error:
-            raise MessageError("bad-layout", str(error)) from error
+        layout = self._layout_of(raw)
         if self.layout is None:
             self.layout = layout
             self._announce_members()
@@ -499,7 +569,7 @@ class Handlers:
             return
         record = self._record(peer, message.worker)
         record.heard = now
-        record.phase = message.phase
+        record.phase = message.phase[:MAX_WORD]
         if message.loss is not None:
             record.loss = message.loss
         if message.totals is not None:
@@ -614,9 +684,9 @@ class Handlers:
             # (If the worker is back already, its former socket's last words come under another identity.)
             _check_identity(peer, message.worker)
         if message.worker in self.servers:
-            self._server_gone(message.worker, message.reason or "no reason given")
+            self._server_gone(message.worker, message.reason[:MAX_NAME] or "no reason given")
         self._waiting.pop(message.worker, None)
-        self._remove(message.worker, message.reason or "left")
+        self._remove(message.worker, message.reason[:MAX_NAME] or "left")
         self._end_when_alone()
 
     def _server_gone(self, worker: str, why: str) -> None:
@@ -703,6 +773,9 @@ class Handlers:
             silent_s = now - server.heard
             if silent_s > max(self.config.heartbeat_s, SERVER_SILENCE_S):
                 self._server_lost(server, silent_s)
+        impatient, self._impatient = self._impatient, set()
+        for watcher in impatient:
+            self._show(watcher, now)
         self._round_at += event.late_s
         if self.started is not None and self.stopped is None:
             self._look_for_late(now)
@@ -782,8 +855,10 @@ class Handlers:
             self._send(record.worker.encode(), Response(self.history.version, record.step, STOP))
         for worker in self._waiting:
             self._send(worker.encode(), Error("run-over", f"the run is over ({reason})"))
-        for peer in self._watching:  # this server may be gone before they ask again
-            self._send(peer, Status(table=self.status()))
+        last = max(self._watching.values(), default=0.0)
+        for peer, asked in self._watching.items():  # this server may be gone before they ask again
+            if last - asked < WATCHING_S:
+                self._send(peer, Status(table=self.status()))
         self._end_when_alone()
 
     def _end_when_alone(self) -> None:
@@ -825,13 +900,24 @@ class Handlers:
 
     def on_status(self, peer: bytes, message: Status) -> None:
         now = self._clock()
-        recent = {p: at for p, at in self._watching.items() if now - at < WATCHING_S}
-        self._watching = {**recent, peer: now}
+        asked = self._watching.get(peer)
+        if asked is not None and now - asked < LOOK_S:
+            self._impatient.add(peer)
+            return
+        if asked is None and len(self._watching) >= WATCHERS:
+            self._watching = {p: t for p, t in self._watching.items() if now - t < WATCHING_S}
+            if len(self._watching) >= WATCHERS:
+                text = f"{WATCHERS} others watch this run, and no more are shown it"
+                raise MessageError("too-many", text)
+        self._show(peer, now)
+
+    def _show(self, peer: bytes, now: float) -> None:
+        self._watching[peer] = now
         self._send(peer, Status(table=self.status(), waiting_for=self.waiting_for()))
 
     def on_error(self, peer: bytes, message: Error) -> None:
         text = f"reports an error: {message.code}: {message.text}"
-        self.faults.say(peer, "reported", text)  # codes can be made up
+        self.faults.say(peer, "reported", text[:MAX_NAME])  # codes can be made up
 
     def status(self) -> dict[str, Any]:
         """The live table, for people."""
@@ -890,6 +976,15 @@ class Handlers:
                 "unknown-worker", f"{worker} is not a member of this run; join first"
             )
         return record
+
+
+def _check_texts(message: Join) -> None:
+    """Cut what people read to a length, and refuse what cannot be cut."""
+    message.host, message.device = message.host[:MAX_NAME], message.device[:MAX_NAME]
+    if len(message.life) > MAX_WORD:
+        raise MessageError(
+            "bad-field", f"join.life: {len(message.life)} characters are more than {MAX_WORD}"
+        )
 
 
 def _check_identity(peer: bytes, worker: str) -> None:

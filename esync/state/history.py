@@ -5,6 +5,8 @@ No socket, no clock: times are seconds since the run's start and come in as argu
 
 from __future__ import annotations
 
+import bisect
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,10 @@ TOTALS = ("steps", "samples", "compute_s", "query_s", "sync_s", "eval_s")
 
 SAVED = 1000
 """Of so many versions it is saved when they were published: the others have been evaluated, or never are."""
+STAYS = 10_000
+"""Stays that have ended are kept one by one, the last so many and a quarter more; what came before is summed up."""
+EVALUATIONS = 50_000
+"""When there are more, every second one is given up, but the last: the curve stays."""
 EVICTED, REPLACED, SPEECHLESS = "evicted", "came back as a new process", "never said goodbye"
 """How the reasons begin for which the state server itself removes a worker."""
 
@@ -55,6 +61,11 @@ class History:
     split_digest: str = ""
     begun: int = 0  # the version that this state server went on from
     rolled_back: int = 0  # rounds that were done again
+    ended: int = 0  # of the passages
+    summed: Counter[str] = field(
+        default_factory=Counter
+    )  # totals of workers' stays that are not kept
+    gone: Counter[tuple[str, str]] = field(default_factory=Counter)  # these stays: (role, why)
 
     @property
     def rounds(self) -> int:
@@ -73,8 +84,25 @@ class History:
     def left(self, record: Record, t: float, reason: str) -> None:
         """A worker went, or was evicted."""
         for passage in self.passages:
-            if passage.record is record:
+            if passage.record is record and passage.left_s is None:
                 passage.left_s, passage.reason = t, reason
+                self.ended += 1
+        if self.ended > STAYS + STAYS // 4:
+            self._sum_up(self.ended - STAYS)
+
+    def _sum_up(self, count: int) -> None:
+        """Keep of the oldest ended stays what they came to."""
+        kept = []
+        for stay in self.passages:
+            if stay.left_s is None or count == 0:
+                kept.append(stay)
+                continue
+            count -= 1
+            self.ended -= 1
+            self.gone[stay.record.role, reason_class(stay.reason)] += 1
+            if stay.record.role == "worker":
+                self.summed.update({key: stay.total(key) for key in TOTALS})
+        self.passages = kept
 
     def published(self, version: int, t: float, bytes_up: int, bytes_down: int) -> None:
         """The parameter server published a version."""
@@ -110,15 +138,15 @@ class History:
     def evaluated(self, version: int, accuracy: float, loss: float | None, t: float) -> None:
         """A version was evaluated; it counts at the time at which it was published."""
         at = self.version_s.get(version, t)
-        self.accuracy.append(
-            {"t": round(at, 4), "round": version, "accuracy": accuracy, "loss": loss}
-        )
-        self.accuracy.sort(key=lambda row: int(row["round"]))
+        row = {"t": round(at, 4), "round": version, "accuracy": accuracy, "loss": loss}
+        bisect.insort(self.accuracy, row, key=lambda row: int(row["round"]))
+        if len(self.accuracy) > EVALUATIONS:
+            self.accuracy = self.accuracy[::-2][::-1]
 
     def total(self, key: str) -> float:
         """The sum of one of the workers' totals, over everybody who ever took part."""
         stays = [p for p in list(self.passages) if p.record.role == "worker"]
-        return float(sum(stay.total(key) for stay in stays))
+        return float(self.summed[key] + sum(stay.total(key) for stay in stays))
 
     def time_to(self, threshold: float) -> float | None:
         """Seconds from the start until a published model had this test accuracy."""

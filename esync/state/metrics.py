@@ -132,12 +132,15 @@ def _comings_and_goings(handlers: Handlers, records: list[Record]) -> Iterator[M
     yield gauge(
         "esync_wanted_workers", "Workers with which the run starts.", handlers.config.workers
     )
-    stays = list(handlers.history.passages)
+    gone, stays = dict(handlers.history.gone), list(handlers.history.passages)
     joined: Counter[tuple[str, ...]] = Counter((stay.record.role,) for stay in stays)
+    for (role, _), count in gone.items():
+        joined[role,] += count
     yield counter("esync_joined", "Workers and evaluators that joined.", _rows(joined), "role")
     left: Counter[tuple[str, ...]] = Counter(
         (stay.record.role, reason_class(stay.reason)) for stay in stays if stay.left_s is not None
     )
+    left.update(gone)
     yield counter("esync_left", "Workers and evaluators that left.", _rows(left), "role", "reason")
 
 

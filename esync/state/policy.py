@@ -22,6 +22,8 @@ SYNC = "sync"
 STOP = "stop"
 PAPER_EPSILON_S = 0.5
 """Epsilon of the 2019 implementation."""
+REMEMBERED = 1000
+"""Workers that have left whose pace is remembered, at least."""
 FEW_STEPS = 3
 """When no more steps than these fit, they are decided at once."""
 MOST_MIN_STEPS = 64
@@ -255,6 +257,10 @@ class SubNetworks(FixedSteps):
                 known_s = self._whole_s.get(other.worker, math.inf)
                 if other.width == 1.0 or whole_s < known_s:
                     self._whole_s[other.worker] = whole_s
+        if len(self._decided) > 2 * len(table.records) + REMEMBERED:  # ids can be made up
+            for known in (self._whole_s, self._decided):
+                for worker in known.keys() - table.records.keys():
+                    del known[worker]
 
     def _width(self, table: Table, record: Record) -> float:
         known = sorted(self._whole_s[r.worker] for r in table.active() if r.worker in self._whole_s)

@@ -18,6 +18,7 @@ from esync.config import RunConfig
 from esync.errors import ConfigError
 from esync.journal import Journal
 from esync.keys import ServerKeys
+from esync.limits import MAX_PEERS, RATE, Limits
 from esync.messages import Message
 from esync.messaging import MessageServer
 from esync.metrics import MetricsPage, showing
@@ -41,6 +42,8 @@ class StateServer:
         keys: encrypt, and let in the keys on their allow-list alone; None does neither. (Not on inproc://, which
             nobody outside of this process can reach.)
         resume: go on with the run in `run_dir`, if there is one.
+        max_peers: ids that may be in the run.
+        max_rate: messages a second of one of them, or of one stranger; 0: no limit.
         metrics_port, metrics_bind: where the metrics are; port 0: nowhere.
 
     Raises:
@@ -56,6 +59,8 @@ class StateServer:
         run_dir: str | Path | None = None,
         keys: ServerKeys | None = None,
         resume: bool = False,
+        max_peers: int = MAX_PEERS,
+        max_rate: float = RATE,
         metrics_port: int = 0,
         metrics_bind: str = "127.0.0.1",
         context: zmq.Context[Any] | None = None,
@@ -75,7 +80,12 @@ class StateServer:
             (self._run_dir / "endpoint").write_text(self.endpoint + "\n", encoding="utf-8")
         self._allowed = keys.allowed if keys is not None else None
         checked = keys is not None and not self.endpoint.startswith("inproc://")
-        self._server = MessageServer(self._socket, check=self._check_key if checked else None)
+        self._server = MessageServer(
+            self._socket,
+            limits=Limits(max_rate),
+            standing=lambda peer: self.handlers.standing(peer),
+            check=self._check_key if checked else None,
+        )
         self.handlers = Handlers(
             config,
             self._server.send,
@@ -85,6 +95,7 @@ class StateServer:
             on_stop=self._write_summary,
             finished=self._server.stop,
             run_key=seal.new_key() if checked else b"",
+            max_peers=max_peers,
         )
         if resume:
             self._restore(say)
