@@ -18,7 +18,7 @@ from esync.ps.aggregation import Mean
 from esync.ps.server import TensorThread
 from esync.seal import Opener
 from esync.state.database import Table
-from esync.state.handlers import Handlers
+from esync.state.handlers import WAITING_S, Handlers
 from esync.state.policy import AdaptiveEsync
 from esync.tensors import Layout
 from esync.worker.assembly import Assembly
@@ -132,6 +132,18 @@ def test_who_is_neither_expected_nor_here_leaves_nothing_at_the_parameter_server
             assert thread.counters == {"unknown-worker": 200}
         finally:
             thread.inbox.close()
+
+
+def test_who_waits_for_a_parameter_server_and_asks_no_more_is_forgotten():
+    server = State(RunConfig())
+    for i in range(100):
+        (answer,) = server.gets(targets.Join(f"w{i}", "worker"))
+        assert answer == targets.Status(waiting_for="the parameter server")
+    server.clock.now += WAITING_S / 2
+    server.gets(targets.Join("w3", "worker"))
+    server.clock.now += WAITING_S / 2 + 1
+    server.wire.gets(targets.LOCAL, targets.Tick())
+    assert list(server.handlers._waiting) == ["w3"]
 
 
 def test_a_server_that_nobody_can_connect_to_is_refused():

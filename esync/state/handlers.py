@@ -73,6 +73,8 @@ MAX_NAME, MAX_WORD = 200, 64
 the beginning of what is longer."""
 MAX_ENDPOINTS = 16
 """Entries in what a parameter server says of how it is reached."""
+WAITING_S = 10.0
+"""Who waits to be welcomed and does not ask again for so long is forgotten."""
 SERVER_SILENCE_S = 5.0
 """A parameter server reports every second; it is not missed sooner than after so long."""
 
@@ -152,7 +154,7 @@ class Handlers:
         self._say = say
         self._on_stop = on_stop
         self._finished = finished
-        self._waiting: dict[str, Join] = {}
+        self._waiting: dict[str, tuple[Join, float]] = {}  # and when it last asked
         self._waiting_layouts: dict[str, dict[str, Any]] = {}  # theirs: digest -> layout
         self._at_gate: dict[str, Query] = {}
         self._held: dict[str, Query] = {}
@@ -254,8 +256,11 @@ class Handlers:
                     "every worker with the same model code and configuration",
                 )
             message.layout = kept.setdefault(layout.digest, layout.to_wire())
-        self._waiting[message.worker] = message
-        self._welcome_waiting()
+        self._waiting[message.worker] = message, self._clock()
+        if self._served():
+            self._welcome_waiting()
+        else:
+            self._send(message.worker.encode(), Status(waiting_for=self.waiting_for()))
 
     def _layout_of(self, raw: dict[str, Any]) -> Layout:
         try:
@@ -343,7 +348,7 @@ class Handlers:
             return
         waiting, self._waiting = self._waiting, {}
         self._waiting_layouts = {}
-        for message in waiting.values():
+        for message, _ in waiting.values():
             try:
                 if message.layout is not None:
                     self._take_part(message.worker.encode(), message, message.layout)
@@ -776,6 +781,7 @@ class Handlers:
         impatient, self._impatient = self._impatient, set()
         for watcher in impatient:
             self._show(watcher, now)
+        self._forget_waiting(now - event.late_s)
         self._round_at += event.late_s
         if self.started is not None and self.stopped is None:
             self._look_for_late(now)
@@ -792,6 +798,16 @@ class Handlers:
                     log.warning("%s never said goodbye", record.worker)
                     self._remove(record.worker, SPEECHLESS)
         self._end_when_alone()
+
+    def _forget_waiting(self, now: float) -> None:
+        """Who waits asks again every second; who does not has gone."""
+        gone = [w for w, (_, asked) in self._waiting.items() if now - asked > WAITING_S]
+        for worker in gone:
+            del self._waiting[worker]
+        if gone:
+            wanted = {id(join.layout) for join, _ in self._waiting.values()}
+            kept = self._waiting_layouts.items()
+            self._waiting_layouts = {digest: x for digest, x in kept if id(x) in wanted}
 
     def _say_waiting(self) -> None:
         text = self.waiting_for()
