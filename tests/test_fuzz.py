@@ -165,7 +165,7 @@ def test_a_step_that_takes_next_to_no_time_is_paced():
 
 def test_a_welcome_with_a_key_that_is_none_changes_nothing():
     clock = targets.Clock()
-    sockets = {"push": targets.connected, "xsub": targets.connected}
+    sockets = {"push": targets.connected, "sub": targets.connected}
     with targets.replaced(
         clock, targets.link_module, dealer=lambda *options: targets.Socket(), **sockets
     ):

@@ -160,7 +160,9 @@ def test_strangers_floods_do_not_reach_a_run():
 def test_inside_of_a_process_there_is_no_gate():
     with Cluster(RunConfig(mode="sync", workers=1, rounds=1)) as cluster:
         assert cluster.ps.endpoints["token"] == ""
+        cluster.train("w0", lambda worker: worker.start({"w": np.zeros(3, np.float32)})).result()
         cluster.state.stop("seen enough")
+        cluster.finish()
 
 
 def test_a_context_with_an_authenticator_of_its_own_is_said(context):

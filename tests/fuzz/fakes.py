@@ -71,7 +71,7 @@ class Socket:
 
 
 def connected(context: Any, endpoint: str, *options: Any) -> Socket:
-    """In place of `transport.push` and `transport.xsub`.
+    """In place of `transport.push` and `transport.sub`.
 
     Raises:
         TransportError: as there, and where ZeroMQ does not connect to what looks like an endpoint.

@@ -460,8 +460,10 @@ def _tensor_event(reader: Reader, tensors: Tensors) -> None:
         )
         tensors.upstream(way + topic)
     elif kind == 12:
-        event = reader.message(likely, (Have, Have, Have, Fetch)) if reader.chance(0.8) else b""
-        tensors.upstream(event or reader.bytes(30))
+        if reader.chance(0.8):
+            tensors.gets([reader.message(likely, (Have, Have, Have, Fetch))])
+        else:
+            tensors.upstream(reader.bytes(30))
     elif kind == 13:
         clock.now += reader.pick((0.1, 1.0, 3.0, 11.0))
         thread._ask_for_initial_model()
@@ -640,7 +642,7 @@ def worker(data: bytes) -> None:
     comes is taken up."""
     reader = Reader(data)
     clock = Clock()
-    sockets = {"push": connected, "xsub": connected, "dealer": lambda *options: Socket()}
+    sockets = {"push": connected, "sub": connected, "dealer": lambda *options: Socket()}
     modules = link_module, channel_module
     with replaced(clock, *modules, **sockets):
         one = Worker(reader.pick(("worker", "worker", "evaluator")), reader.pick((b"", KEY)))
@@ -750,7 +752,6 @@ def _sealed_by_nobody(reader: Reader, opener: Opener, envelope: Envelope) -> Non
     for attempt in (
         lambda: opener.open(frames[0]),
         lambda: envelope.unpack(frames, b"about"),
-        lambda: envelope.unpack_alone(frames[0], b"about"),
     ):
         try:
             attempt()
