@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -101,7 +102,12 @@ def _supervised(name: str, runs: int, seconds: int, corpus: Path | None) -> bool
         last: dict[str, Any] = {}
         tail: list[str] = []
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, "TMPDIR": scratch},
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
