@@ -229,6 +229,7 @@ def connected(count: int) -> Iterator[tuple[list[Worker], list[Worker]]]:
         measure.process(serve_state, count, False) as state_at,
     ):
         context: zmq.Context[Any] = zmq.Context()
+        context.set(zmq.MAX_SOCKETS, 8 * count + 64)  # each worker's have one more to watch them by
         try:
             echo = [Worker(context, echo_at, rank) for rank in range(count)]
             state = [Worker(context, state_at, rank) for rank in range(count)]
