@@ -49,6 +49,10 @@ class Encoding(Protocol):
     def size(self, elements: int) -> int:
         """Bytes of a vector of so many elements."""
 
+    def growth(self, elements: int) -> float:
+        """What encoding and decoding may multiply the L2 norm of a vector of so many elements by, at most; with
+        feedback: of one of several whose norms have a common bound."""
+
     def encode(self, x: Vector, key: tuple[int, ...]) -> Payload:
         """The vector's bytes; `key` seeds what is random in them."""
 
@@ -68,6 +72,9 @@ class Plain:
     def size(self, elements: int) -> int:
         return 4 * elements
 
+    def growth(self, elements: int) -> float:
+        return 1.0
+
     def encode(self, x: Vector, key: tuple[int, ...]) -> Payload:
         return x.view(np.uint8)
 
@@ -84,6 +91,9 @@ class BFloat16:
 
     def size(self, elements: int) -> int:
         return 2 * elements
+
+    def growth(self, elements: int) -> float:
+        return 1 + 2**-8  # as each element
 
     def encode(self, x: Vector, key: tuple[int, ...]) -> Payload:
         return x.astype(ml_dtypes.bfloat16).view(np.uint8)
@@ -103,6 +113,14 @@ class Int8:
 
     def size(self, elements: int) -> int:
         return 4 + elements
+
+    def growth(self, elements: int) -> float:
+        """An element x between two levels is rounded to either with a variance of at most `level * |x|`, so the square
+        of the norm N grows by `level * sum |x| <= (M / 127) * sqrt(n) * N` on average. M of the largest element, and s
+        of the others: `M * s <= N**2 / 2`. A sixteenth is for chance: the sum's standard deviation is below N**2 / 127,
+        and the mean is off by less than that.
+        """
+        return math.sqrt(1 + math.sqrt(elements) / (2 * LEVELS)) * (1 + 2**-4)
 
     def encode(self, x: Vector, key: tuple[int, ...]) -> Payload:
         level = np.float32(max(float(x.max()), -float(x.min())) / LEVELS)
@@ -151,6 +169,11 @@ class TopK:
     def size(self, elements: int) -> int:
         return 8 * self.count(elements)
 
+    def growth(self, elements: int) -> float:
+        """What is lost of a vector is at most q = sqrt(1 - share) times its norm, so the norms of vectors that are no
+        longer than 1, with what was lost before, stay below 1 + q + q**2 + ... = 1 / (1 - q)."""
+        return 1 / (1 - math.sqrt(1 - self.share))
+
     def encode(self, x: Vector, key: tuple[int, ...]) -> Payload:
         indices = _largest(np.abs(x), self.count(x.size)).astype(np.uint32)
         return np.concatenate([indices.view(np.uint8), x[indices].view(np.uint8)])
@@ -195,6 +218,15 @@ def is_finite(x: Vector) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):
         # einsum sums in one pass and without a temporary: NaN and infinity survive. Finite numbers may overflow.
         return math.isfinite(np.einsum("i->", x)) or bool(np.isfinite(x).all())
+
+
+def squared_norm(x: Vector) -> float:
+    """The square of the L2 norm, summed in float64."""
+    total = 0.0
+    for at in range(0, x.size, BLOCK):
+        part = x[at : at + BLOCK].astype(np.float64)
+        total += float(part @ part)
+    return total
 
 
 class Compressor:

@@ -126,6 +126,12 @@ class RunConfig:
         low=0,
         words={"auto": 0},
     )
+    clip_update: float = _option(
+        0.0,
+        "Largest L2 norm of an update's deltas: workers scale theirs down to it, and the parameter server refuses "
+        "what is longer (0: no limit; docs/algorithms.md).",
+        low=0,
+    )
     compression: str = _option(
         "none",
         "How deltas travel, both ways where there is a barrier (docs/algorithms.md).",

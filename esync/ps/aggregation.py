@@ -75,6 +75,9 @@ class Completed:
 
 
 NOT_FINITE = "not-finite"
+TOO_LONG = "too-long"
+ROUNDING = 1 + 2**-10
+"""What float32 may add to the norm of a delta that was scaled down to `clip_update`, and to spare."""
 MODEL, AVERAGE, LOST, OUTER_STATE = "model", "average", "lost", "outer."
 """Names in a snapshot; the last is what names of the outer optimiser's state begin with."""
 MOST_ALONE = 6
@@ -83,11 +86,21 @@ MOST_ALONE = 6
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A contribution that changed nothing, and why: `late`, `double`, `early`, `overflow` or `NOT_FINITE`; the sender
-    of the last one is to be told."""
+    """A contribution that changed nothing, and why: `late`, `double`, `early`, `overflow`, `NOT_FINITE` or `TOO_LONG`.
+    Where a worker is named, that is to be told."""
 
     reason: str
     worker: str = ""
+
+
+@dataclass(slots=True)
+class _Length:
+    """How long the deltas of a worker's update of one round are as far as they have arrived; `beyond`: too long."""
+
+    round: int
+    squares: dict[int, float] = field(default_factory=dict)
+    total: float = 0.0
+    beyond: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +135,10 @@ class Aggregation(ABC):
         self.chunks: list[Array] = [None] * len(layout.chunks)
         self._initial: dict[str, list[Array]] = {}  # who brings it -> chunks; never mixed
         self._room: Room | None = None
+        self._lengths: dict[str, _Length] = {}  # worker -> of its latest update, with clip_update
+        deltas = [chunk.size for chunk in layout.chunks if chunk.kind == DELTA]
+        growth = max((config.encoding.growth(size) for size in deltas), default=1.0)
+        self._longest = config.clip_update * growth * ROUNDING
 
     def receive(self, update: Contribution) -> list[Event]:
         """Take one chunk; returns what follows from it.
@@ -133,6 +150,33 @@ class Aggregation(ABC):
         if update.round < 0:
             return [Refused("late")]  # a second copy of the initial model is not an update
         return self._receive(update)
+
+    def _beyond(self, update: Contribution) -> Refused | None:
+        """With `clip_update`: why a chunk, which would be counted now, is refused. None: it may be.
+
+        From the chunk on with which the deltas of an update are longer than `clip_update`, with what compression may
+        add, nothing of it is taken. So what gets in of any is no longer than that.
+        """
+        known = self._lengths.get(update.worker)
+        if known is None or known.round != update.round:
+            known = self._lengths[update.worker] = _Length(update.round)
+        if known.beyond:
+            return Refused(TOO_LONG)  # which its sender has been told
+        if self.layout.chunks[update.chunk].kind != DELTA:
+            return None
+        square = self.backend.squared_norm(update.data)
+        if known.total + square <= self._longest * self._longest:
+            known.total += square
+            known.squares[update.chunk] = square
+            return None
+        known.beyond = True
+        finite = self.backend.is_finite(update.data)
+        return Refused(TOO_LONG if finite else NOT_FINITE, update.worker)
+
+    def _is_beyond(self, worker: str, round: int) -> bool:
+        """Whether nothing more is taken of a worker's update."""
+        known = self._lengths.get(worker)
+        return known is not None and known.round == round and known.beyond
 
     def _receive_initial(self, update: Contribution) -> list[Event]:
         if update.round != INITIAL:
@@ -164,7 +208,7 @@ class Aggregation(ABC):
             mine = self._initial.get(worker, self.chunks)
             wanted = [i for i, chunk in enumerate(mine) if chunk is None]
             return wanted if round == INITIAL else []
-        return self._missing(worker, round)
+        return [] if self._is_beyond(worker, round) else self._missing(worker, round)
 
     def averaged(self) -> list[Array]:
         """The chunks that are evaluated and saved: the last complete version's, or an average of versions."""
@@ -231,6 +275,8 @@ class Mean(Aggregation):
 
     To look at every chunk that comes would cost as much as to add it. So only the result is looked at; if that is not
     finite, the chunk is asked for again, and then each worker's is looked at before it is added.
+
+    With `clip_update` each delta is looked at when it comes. An update that is too long is not waited for any more.
 
     With compression, what is published of a chunk of deltas is how it moves, encoded.
 
@@ -299,6 +345,8 @@ class Mean(Aggregation):
         self._next: list[Array] = [None] * len(self.chunks)
         self._encoded: list[Encoded | None] = [None] * len(self.chunks)
         self._doubted: set[int] = set()
+        self._excused: set[str] = set()  # who is not waited for in this round
+        self._lengths.clear()
 
     def _receive(self, update: Contribution) -> list[Event]:
         if update.round != self.version or self._next[update.chunk] is not None:
@@ -307,6 +355,11 @@ class Mean(Aggregation):
             return [Refused("double")]
         if update.chunk in self._doubted and not self.backend.is_finite(update.data):
             return [Refused(NOT_FINITE, update.worker)]
+        if self.config.clip_update and (refused := self._beyond(update)):
+            if update.worker in self._excused:
+                return [refused]
+            self._excused.add(update.worker)
+            return [refused, *self._finish(range(len(self.chunks)))]
         self._arrived[update.chunk].add(update.worker)
         if self._ordered:
             self._kept[update.chunk][update.worker] = update
@@ -321,6 +374,8 @@ class Mean(Aggregation):
         for worker in self._expected:
             if worker not in added:
                 if worker not in kept:
+                    if worker in self._excused:
+                        continue
                     return
                 added.add(worker)
                 self._add(kept.pop(worker))
@@ -375,9 +430,10 @@ class Mean(Aggregation):
     def _finish(self, candidates: list[int] | range) -> list[Event]:
         """Make final whichever of the chunks nobody is awaited for any more."""
         events: list[Event] = []
+        awaited = self._expected.keys() - self._excused if self._excused else self._expected.keys()
         for chunk in candidates:
             arrived = self._arrived[chunk]
-            if self._next[chunk] is None and arrived and arrived >= self._expected.keys():
+            if self._next[chunk] is None and arrived and arrived >= awaited:
                 new = self._new_value(chunk)
                 if new is None and chunk not in self._doubted:
                     events.append(self._begin_anew(chunk))
@@ -403,6 +459,9 @@ class Mean(Aggregation):
     def _begin_anew(self, chunk: int) -> Doubted:
         """Forget what came of a chunk, and look at what comes."""
         workers = frozenset(self._arrived[chunk])
+        for worker in workers & self._lengths.keys():
+            known = self._lengths[worker]
+            known.total -= known.squares.pop(chunk, 0.0)
         self._doubted.add(chunk)
         self._arrived[chunk], self._weights[chunk], self._steps[chunk] = set(), 0.0, 0
         self._kept[chunk], self._added[chunk] = {}, set()
@@ -543,6 +602,8 @@ class OnArrival(Aggregation):
             progress.base = progress.sent if progress.sent_version == update.round else None
         elif update.chunk in progress.arrived:
             return [Refused("double")]
+        if self.config.clip_update and (refused := self._beyond(update)):
+            return [refused]
         progress.arrived.add(update.chunk)
         applied = self._applied(update, progress)
         events: list[Event] = []

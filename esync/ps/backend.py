@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from esync.compression import is_finite
+from esync.compression import is_finite, squared_norm
 from esync.errors import DeviceError
 from esync.ps.staging import Staging
 from esync.tensors import Vector
@@ -39,6 +39,9 @@ class Backend(Protocol):
 
     def is_finite(self, x: Array) -> bool:
         """Whether no element is NaN or infinite."""
+
+    def squared_norm(self, x: Array) -> float:
+        """The sum of the squares, in float64; NaN or infinite if an element is."""
 
     def filled(self, x: Array, value: float) -> Array:
         """A new vector as long as `x`, `value` everywhere."""
@@ -100,6 +103,9 @@ class NumpyBackend:
 
     def is_finite(self, x: Array) -> bool:
         return is_finite(x)
+
+    def squared_norm(self, x: Array) -> float:
+        return squared_norm(x)
 
     def filled(self, x: Array, value: float) -> Array:
         return np.full(x.size, value, np.float32)
@@ -270,6 +276,9 @@ class CupyBackend:
             self._looked.record(self._sums)
             self._looked.synchronize()
         return not self._bad_here[0]
+
+    def squared_norm(self, x: Array) -> float:
+        return squared_norm(self.host(x))
 
     def filled(self, x: Array, value: float) -> Array:
         with self._device, self._sums:

@@ -102,6 +102,10 @@ EVALUATOR = "e/"
 SOMEBODY = "somebody"
 """Whose message it was that does not say so."""
 DIVERGED = "the update holds NaN or infinity: the training diverged. Lower the learning rate, or look at the data"
+TOO_LONG_BY = (
+    "the update's deltas are longer than clip_update, so the rest of it is refused. esync.Worker scales them down "
+    "itself: run the same esync version everywhere, or do so in your own program"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -611,9 +615,10 @@ class TensorThread(threading.Thread):
                 self._publish(event)
             elif isinstance(event, Refused):
                 self.counters[event.reason] += 1
-                if event.reason == NOT_FINITE:
-                    self._faults.say(event.worker, NOT_FINITE, f"not counted: {DIVERGED}")
-                    self._send_to(event.worker, Error(NOT_FINITE, DIVERGED))
+                if event.worker:
+                    why = DIVERGED if event.reason == NOT_FINITE else TOO_LONG_BY
+                    self._faults.say(event.worker, event.reason, f"not counted: {why}")
+                    self._send_to(event.worker, Error(event.reason, why))
             elif isinstance(event, Doubted):
                 for worker in event.workers:
                     self._send_to(worker, Want(event.round, [event.chunk], self.incarnation))

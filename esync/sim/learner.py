@@ -22,7 +22,7 @@ from esync.data import partition
 from esync.models import subnetwork
 from esync.sim.trainee import Chunks
 from esync.tensors import Layout, Vector
-from esync.worker.pytree import Packer, Tree
+from esync.worker.pytree import Packer, Tree, clip
 from esync.worker.step import (
     Classifier,
     classifier,
@@ -302,6 +302,8 @@ class LearningTrainee:
         packer = self._learner.packer
         stats = self._stats if self._own_stats is None else self._own_stats
         update = packer.pack(self._params, stats, self._base)
+        if most := self._learner.config.clip_update:
+            clip(update, packer.layout.deltas, most)
         if go_on:
             self._pushed = packer.pack(self._params, self._stats)
         else:

@@ -14,7 +14,15 @@ from esync.config import RunConfig
 from esync.errors import EsyncError
 from esync.journal import Journal, rounded
 from esync.messages import INITIAL, Members, Message, Report, Reset
-from esync.ps.aggregation import AGGREGATIONS, Completed, Contribution, Doubted, Event
+from esync.ps.aggregation import (
+    AGGREGATIONS,
+    TOO_LONG,
+    Completed,
+    Contribution,
+    Doubted,
+    Event,
+    Refused,
+)
 from esync.ps.backend import NumpyBackend
 from esync.ps.checkpoint import save_model
 from esync.ps.turns import Turns
@@ -164,6 +172,11 @@ class Server:
         for event in events:
             if isinstance(event, Completed):
                 self._complete(event.version, event.members)
+            elif isinstance(event, Refused) and event.reason == TOO_LONG:
+                raise EsyncError(
+                    f"an update of {event.worker} is longer than clip_update = {self._outside.config.clip_update:g}: "
+                    "its trainee has to scale it down to that (esync.worker.pytree.clip)"
+                )
             elif isinstance(event, Doubted):  # each update was looked at
                 raise EsyncError(
                     "the sum of the updates is not finite: the training diverged. Lower the learning rate"

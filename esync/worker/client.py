@@ -36,7 +36,7 @@ from esync.tensors import Parts, Vector
 from esync.worker.assembly import Shards, Whole
 from esync.worker.channel import RETRY_S, Push
 from esync.worker.link import Ask, Link
-from esync.worker.pytree import Packer, Tree, is_batch_norm
+from esync.worker.pytree import Packer, Tree, clip, is_batch_norm
 from esync.worker.session import Action, Session, Totals
 
 log = logging.getLogger("esync.worker")
@@ -360,6 +360,7 @@ class Worker:
         if not late:
             self._link.inbox.put(report)
             update = self._packer.pack(params, stats, self._base, self._link.buffer())
+            self._clip(update)
             if self._basis is None or self._basis.intact():  # else the round is over without us
                 self._push(Push(update, model.begun, model.lives, steps, session.samples))
         params, stats = self._next_model(params, stats, session)
@@ -380,6 +381,7 @@ class Worker:
         assert packer is not None
         assert model is not None
         update = packer.pack(params, own, self._base, self._link.buffer())
+        self._clip(update)
         self._pushed = packer.snapshot(params, stats, self._pushed)
         overwritten = self._basis is not None and not self._basis.intact()
         with self._changed:
@@ -398,6 +400,12 @@ class Worker:
         session.totals.sync_s += time.perf_counter() - began
         self._row(round, steps, session, report.loss, late)
         return params, stats
+
+    def _clip(self, update: Vector | Array) -> None:
+        """Scale an update down to `clip_update`, if the run has it."""
+        if self.config.clip_update:
+            assert self._packer is not None
+            clip(update, self._packer.layout.deltas, self.config.clip_update)
 
     def _push(self, push: Push) -> None:
         """Send an update. From now on what is asked for is its effect."""
@@ -444,10 +452,11 @@ class Worker:
         session, model = self._shared.session, self._shared.model
         if session is None or model is None:
             raise EsyncError("call start before exchange")
-        if not isinstance(update, np.ndarray):
+        if not isinstance(update, np.ndarray) or self.config.clip_update:
             buffer = self._link.buffer()
             put(update, buffer)
             update = buffer
+            self._clip(update)
         self._push(Push(update, model.begun, model.lives, 1, self.config.batch_size))
         goes_on = self._await_model(session)
         with self._changed:

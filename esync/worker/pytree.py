@@ -7,6 +7,7 @@ it; arrays on an accelerator are packed and unpacked there. On a CUDA device the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esync import device_memory
+from esync.compression import squared_norm
 from esync.device_memory import Array, DeviceMemoryError
 from esync.errors import ModelError
 from esync.tensors import DELTA, VALUE, Layout, Leaf, Parts, Pieces, Vector, layout_of
@@ -38,6 +40,25 @@ def path_name(path: tuple[Any, ...]) -> str:
         else:
             parts.append(str(key))
     return "/".join(parts)
+
+
+def clip(update: Vector | Array, deltas: int, most: float) -> None:
+    """Scale an update's deltas down to an L2 norm of `most` if theirs is larger, in place: `d * min(1, most / |d|)`
+    (McMahan et al. 2018, Learning Differentially Private Recurrent Language Models). One that is not finite stays what
+    it is, for the parameter server to refuse.
+
+    Args:
+        update: deltas, then values. A CuPy array will do.
+        deltas: number of elements that are deltas.
+    """
+    mine = update[:deltas]
+    host = mine if isinstance(mine, np.ndarray) else device_memory.on_host(mine)
+    norm = math.sqrt(squared_norm(host))
+    if most < norm < math.inf:
+        if host is mine:
+            mine *= np.float32(most / norm)
+        else:
+            device_memory.put(host * np.float32(most / norm), mine)
 
 
 class Packer:
