@@ -34,11 +34,18 @@ def pulls(context):
         yield gate, transport.bind(socket, "tcp://127.0.0.1:*"), socket
 
 
-def failure(socket):
-    """Connect by `connect`, and wait for the handshake's failure."""
-    watch = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED)
-    assert watch.poll(5000), "the handshake goes on"
-    watch.close(0)
+def refused(context, endpoint, token=""):
+    """Send a message to the endpoint; returns once the handshake has failed."""
+    with context.socket(zmq.PUSH) as socket:
+        socket.linger = 0
+        if token:
+            socket.setsockopt(zmq.PLAIN_PASSWORD, token.encode())
+        events = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
+        with socket.get_monitor_socket(events) as watch:
+            socket.connect(endpoint)
+            socket.send(FRAME)
+            assert watch.poll(5000), "the handshake goes on"
+            socket.disable_monitor()
 
 
 def test_who_knows_the_token_is_let_in_and_is_nobody_s_user(context, pulls):
@@ -53,20 +60,14 @@ def test_who_knows_the_token_is_let_in_and_is_nobody_s_user(context, pulls):
 @pytest.mark.parametrize("token", ["another", "é", "x" * 255])
 def test_another_token_is_refused_and_counted(context, pulls, token):
     gate, endpoint, socket = pulls
-    with transport.push(context, endpoint, Token(token)) as push:
-        push.send(FRAME)
-        failure(push)
-        push.linger = 0
+    refused(context, endpoint, token)
     assert gate.refusals == 1
     assert not socket.poll(0)
 
 
 def test_without_a_token_nothing_gets_through(context, pulls):
     _, endpoint, socket = pulls
-    with transport.push(context, endpoint) as push:
-        push.send(FRAME)
-        failure(push)
-        push.linger = 0
+    refused(context, endpoint)
     assert not socket.poll(0)
 
 
@@ -76,9 +77,7 @@ def test_the_token_of_one_server_is_not_another_s(context, pulls):
     assert other.token != gate.token
     with transport.pull(context, other) as second:
         transport.bind(second, "tcp://127.0.0.1:*")
-        with transport.push(context, endpoint, Token(other.token)) as push:
-            failure(push)
-            push.linger = 0
+        refused(context, endpoint, other.token)
     assert (gate.refusals, other.refusals) == (1, 0)
 
 
