@@ -22,7 +22,7 @@ from esync.config import RunConfig
 from esync.device_memory import DeviceMemoryError, on_host
 from esync.errors import EsyncError
 from esync.messages import Have, Members, Model
-from esync.ps.aggregation import MODEL
+from esync.ps.aggregation import MODEL, Mean
 from esync.ps.backend import CupyBackend, NumpyBackend, backend_for
 from esync.ps.checkpoint import CHECKPOINTS, Checkpoints, model_name
 from esync.shared_memory import MODEL_SLOTS, WRITING, Region
@@ -347,6 +347,21 @@ def test_workers_on_another_device_than_the_server_s_use_memory_of_the_host(mach
     _, used, _ = run_of(mode="sync")
     assert used == {"w0": "host", "w1": "host"}
     assert not machine.regions, "nothing is allocated for nobody"
+
+
+def test_what_was_brought_to_the_device_is_not_kept_for_the_round(machine, chunks, monkeypatch):
+    """It is not in its sender's memory, but in the server's: as much as a model for each worker."""
+    machine.index, lasting, real = 1, [], Mean.receive
+
+    def receive(self, update):
+        lasting.append(update.lasts)
+        return real(self, update)
+
+    monkeypatch.setattr(Mean, "receive", receive)
+    _, used, thread = run_of(mode="sync", rounds=20)
+    assert used == {"w0": "host", "w1": "host"}
+    assert thread.bytes_shared > 0
+    assert not any(lasting)
 
 
 def test_workers_without_cupy_use_memory_of_the_host(machine, chunks, monkeypatch):

@@ -493,14 +493,15 @@ class TensorThread(threading.Thread):
         self._arrival[message.worker] = time.monotonic()
         if message.round == INITIAL:
             self._asked_at = time.monotonic()  # it is on its way
+        data = self._backend.load(update)
         contribution = Contribution(
             message.worker,
             message.round,
             message.chunk,
-            self._backend.load(update),
+            data,
             message.steps,
             max(1, message.samples),
-            lasts=shared,
+            lasts=shared and data is update,  # else it was brought to the device: memory of ours
         )
         self._emit(self.aggregation.receive(contribution))
 
