@@ -167,6 +167,20 @@ def test_a_refused_update_is_not_asked_for_again(kind: Any):
 
 @every_kind
 @pytest.mark.usefixtures("chunks")
+def test_who_comes_back_in_the_round_in_which_it_was_refused_is_looked_at_anew(kind: Any):
+    made = Server.of(kind, ["alone"], ZERO, clip_update=1.0)
+    round = made.version
+    made.chunk("alone", round, np.full(ZERO.size, 9.0, np.float32), 0)
+    assert made.aggregation.beyond("alone", round) == TOO_LONG
+    made.aggregation.set_members({})
+    made.aggregation.set_members({"alone": 0})
+    assert made.aggregation.missing("alone", round) == list(range(CHUNKS))
+    assert refused(made.push("alone", round, ZERO)) == []
+    assert made.version == round + 1
+
+
+@every_kind
+@pytest.mark.usefixtures("chunks")
 def test_nan_is_told_apart(kind: Any):
     made = Server.of(kind, ["bad", "good"], ZERO, clip_update=1.0)
     update = np.full(ZERO.size, np.nan, np.float32)

@@ -10,7 +10,7 @@ and a chunk can be added up when it arrives and published when its last contribu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from esync.compression import Compressor, Decoder, Payload
@@ -95,12 +95,13 @@ class Refused:
 
 @dataclass(slots=True)
 class _Length:
-    """How long the deltas of a worker's update of one round are as far as they have arrived; `beyond`: too long."""
+    """How long the deltas of a worker's update of one round are as far as they have arrived; `beyond`: why nothing more
+    of it is taken, if so."""
 
     round: int
     squares: dict[int, float] = field(default_factory=dict)
     total: float = 0.0
-    beyond: bool = False
+    beyond: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,14 +170,19 @@ class Aggregation(ABC):
             known.total += square
             known.squares[update.chunk] = square
             return None
-        known.beyond = True
-        finite = self.backend.is_finite(update.data)
-        return Refused(TOO_LONG if finite else NOT_FINITE, update.worker)
+        known.beyond = TOO_LONG if self.backend.is_finite(update.data) else NOT_FINITE
+        return Refused(known.beyond, update.worker)
 
-    def _is_beyond(self, worker: str, round: int) -> bool:
-        """Whether nothing more is taken of a worker's update."""
+    def beyond(self, worker: str, round: int) -> str:
+        """Why nothing more is taken of a worker's update, with `clip_update`; empty if it is."""
         known = self._lengths.get(worker)
-        return known is not None and known.round == round and known.beyond
+        return known.beyond if known is not None and known.round == round else ""
+
+    def _forget_lengths(self, gone: Iterable[str]) -> None:
+        """Who comes back in the round in which its update was refused brings another one."""
+        for worker in gone:
+            if worker in self._lengths and self._lengths[worker].beyond:
+                del self._lengths[worker]
 
     def _receive_initial(self, update: Contribution) -> list[Event]:
         if update.round != INITIAL:
@@ -208,7 +214,7 @@ class Aggregation(ABC):
             mine = self._initial.get(worker, self.chunks)
             wanted = [i for i, chunk in enumerate(mine) if chunk is None]
             return wanted if round == INITIAL else []
-        return [] if self._is_beyond(worker, round) else self._missing(worker, round)
+        return [] if self.beyond(worker, round) else self._missing(worker, round)
 
     def averaged(self) -> list[Array]:
         """The chunks that are evaluated and saved: the last complete version's, or an average of versions."""
@@ -424,6 +430,9 @@ class Mean(Aggregation):
         return self.config.weights == "fednova" and self.layout.chunks[chunk].kind == DELTA
 
     def set_members(self, ranks: Mapping[str, int]) -> list[Event]:
+        gone = self._expected.keys() - ranks.keys()
+        self._forget_lengths(gone)
+        self._excused -= gone
         self._expected = dict(sorted(ranks.items(), key=lambda item: (item[1], item[0])))
         return self._finish(range(len(self.chunks))) if self.version >= 0 else []
 
@@ -575,6 +584,7 @@ class OnArrival(Aggregation):
 
     def set_members(self, ranks: Mapping[str, int]) -> list[Event]:
         new = ranks.keys() - self._members
+        self._forget_lengths(self._members - ranks.keys())
         self._members = frozenset(ranks)
         for worker in self._progress.keys() - ranks.keys():
             # Its round stays known: an update counts once.

@@ -591,6 +591,9 @@ class TensorThread(threading.Thread):
         aggregation, worker = self.aggregation, _subscriber(message)
         if aggregation.version < 0:
             return  # there is nothing yet, and who brings it has been asked
+        if reason := aggregation.beyond(worker, message.pushed):  # what said so may be lost
+            self._refuse(worker, reason)
+            return
         wanted = aggregation.missing(worker, message.pushed) if message.pushed >= 0 else []
         if not wanted and self._turns.holds(worker):
             return  # its turn comes
@@ -617,9 +620,7 @@ class TensorThread(threading.Thread):
             elif isinstance(event, Refused):
                 self.counters[event.reason] += 1
                 if event.worker:
-                    why = DIVERGED if event.reason == NOT_FINITE else TOO_LONG_BY
-                    self._faults.say(event.worker, event.reason, f"not counted: {why}")
-                    self._send_to(event.worker, Error(event.reason, why))
+                    self._refuse(event.worker, event.reason)
             elif isinstance(event, Doubted):
                 for worker in event.workers:
                     self._send_to(worker, Want(event.round, [event.chunk], self.incarnation))
@@ -632,6 +633,12 @@ class TensorThread(threading.Thread):
                 self._delivery.completed(event.version, self._data_events, now)
                 if self._checkpoint_s and now - self._checkpoint_at >= self._checkpoint_s:
                     self._write_checkpoint()
+
+    def _refuse(self, worker: str, reason: str) -> None:
+        """Tell a worker that its update is not counted."""
+        why = DIVERGED if reason == NOT_FINITE else TOO_LONG_BY
+        self._faults.say(worker, reason, f"not counted: {why}")
+        self._send_to(worker, Error(reason, why))
 
     def _publish(self, event: Published) -> None:
         """Send a chunk to whom it is for; where some come first, to them, and to the others later."""
