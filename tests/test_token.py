@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from esync import handshake, messages, transport
 from esync.config import RunConfig
 from esync.errors import TransportError
 from esync.handshake import Gate, Token
-from esync.messages import Fetch
+from esync.messages import Fetch, Join
+from esync.worker.link import Link
 from tests.cluster import Cluster
 
 FRAME = messages.encode(Fetch("w0", -1))
@@ -174,3 +176,24 @@ def test_a_context_with_an_authenticator_of_its_own_is_said(context):
             transport.pull(context, Gate())
     finally:
         other.stop()
+
+
+def test_a_worker_that_waits_for_long_asks_where_the_servers_are(context):
+    """A server that was started again has another token, and the word of it may have been lost."""
+    with context.socket(zmq.ROUTER) as state:
+        state.bind("inproc://state")
+        join = Join("w0", "worker", life="1")
+        link = Link("inproc://state", join, wait_s=60, context=context, say=lambda text: None)
+        try:
+            link._answered = link.shared.accepted = True
+            link.shared.awaiting = (0,)
+            nothing = SimpleNamespace(version=1)
+            link._channels = [
+                SimpleNamespace(progress_at=0, shard=0, assembly=nothing, on_time=lambda now: None)
+            ]
+            link._on_time(100.0, 0.0)
+            assert state.poll(5000)
+            assert messages.decode(state.recv_multipart()[-1]) == join
+        finally:
+            link._control.close(0)
+            link.inbox.close()

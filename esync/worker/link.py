@@ -45,6 +45,9 @@ from esync.worker.session import Session
 
 log = logging.getLogger("esync.worker")
 POLL_MS = 250
+ASK_WHERE_S = 10.0
+"""After so long without progress a worker joins once more, to be told where the parameter servers are: what told it
+that they listen elsewhere, or have another token, may be lost."""
 LONG_LOST_S = 3.0
 """After so long without the state server the connections to parameter servers are made anew."""
 NAME_TAKEN_S = 8.0
@@ -414,6 +417,8 @@ class Link(threading.Thread):
             for channel in late:
                 channel.progress_at = now
             self._fetch(late)
+            if late and shared.accepted and now - self._joined_at > ASK_WHERE_S:
+                self._send_join()
 
     def _beat(self) -> None:
         with self.shared.changed:
