@@ -356,6 +356,16 @@ def test_the_layouts_of_those_that_wait_are_kept_once():
     assert all(type(to(f"w{n}", sent)[-1]) is messages.Welcome for n in range(8))
 
 
+def test_the_layouts_of_those_that_have_gone_are_not_kept():
+    server = Server(workers=1)
+    for n in range(2 * state.LAYOUTS):
+        layout = {"leaves": [["delta", "w", [1 + n], "float32"]]}
+        server.gets(Join("a", "worker", layout=layout, life=str(n)))
+        if n % 2:
+            server.gets(Leave("a", "another model", str(n)))
+    assert len(server.handlers._waiting_layouts) <= state.LAYOUTS
+
+
 @pytest.mark.parametrize(
     "leaves",
     [

@@ -248,6 +248,8 @@ class Handlers:
         """Have a worker wait until the parameter servers are there; of the workers' layouts each is kept once."""
         if message.layout is not None:
             layout = self._layout_of(message.layout)
+            if len(self._waiting_layouts) >= LAYOUTS:
+                self._forget_layouts(message.worker)
             kept = self._waiting_layouts
             if layout.digest not in kept and len(kept) >= LAYOUTS:
                 raise MessageError(
@@ -804,10 +806,12 @@ class Handlers:
         gone = [w for w, (_, asked) in self._waiting.items() if now - asked > WAITING_S]
         for worker in gone:
             del self._waiting[worker]
-        if gone:
-            wanted = {id(join.layout) for join, _ in self._waiting.values()}
-            kept = self._waiting_layouts.items()
-            self._waiting_layouts = {digest: x for digest, x in kept if id(x) in wanted}
+
+    def _forget_layouts(self, but: str) -> None:
+        """Keep the layouts of those that wait, but for one that comes with another."""
+        wanted = {id(join.layout) for w, (join, _) in self._waiting.items() if w != but}
+        kept = self._waiting_layouts.items()
+        self._waiting_layouts = {digest: x for digest, x in kept if id(x) in wanted}
 
     def _say_waiting(self) -> None:
         text = self.waiting_for()
