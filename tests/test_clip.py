@@ -30,6 +30,7 @@ from esync.ps.backend import NumpyBackend
 from esync.sim.cluster import virtual_cluster
 from esync.sim.learner import Learner
 from esync.tensors import DELTA, VALUE, Layout, Leaf
+from esync.worker import pytree
 from esync.worker.client import Worker
 from esync.worker.pytree import clip
 from tests.cluster import Cluster
@@ -335,7 +336,11 @@ def test_exchange_scales_too_and_leaves_the_callers_vector_alone():
 FILE = {"workers": [{"count": 2, "step_time_s": 0.1}]}
 
 
-def test_a_virtual_worker_moves_the_model_by_no_more_than_the_limit():
+@pytest.mark.parametrize("packing", [pytree._InHostMemory, pytree._OnDevice])
+def test_a_virtual_worker_moves_the_model_by_no_more_than_the_limit(
+    packing: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pytree, "_InHostMemory", packing)
     run = {"mode": "sync", "model": "mlp", "dataset": "digits", "rounds": 3, "clip_update": 0.01}
     learner = Learner(RunConfig(workers=2, **run), say=lambda text: None)
     try:

@@ -301,7 +301,8 @@ class LearningTrainee:
     def _push(self, go_on: bool) -> tuple[Vector, float | None]:
         packer = self._learner.packer
         stats = self._stats if self._own_stats is None else self._own_stats
-        update = packer.pack(self._params, stats, self._base)
+        out = np.empty(packer.layout.size, np.float32)  # what is given for none may be JAX's own
+        update = packer.pack(self._params, stats, self._base, out)
         if most := self._learner.config.clip_update:
             clip(update, packer.layout.deltas, most)
         if go_on:
