@@ -160,7 +160,7 @@ class History:
         passages = sorted(self.passages, key=lambda p: (p.record.rank, p.joined_s))
         workers = [_worker_row(p) for p in passages if p.record.role == "worker"]
         evaluators = [_worker_row(p) for p in passages if p.record.role == "evaluator"]
-        samples = sum(row["samples"] for row in workers)
+        samples = self.summed["samples"] + sum(row["samples"] for row in workers)
         return {
             "mode": config.mode,
             "policy": config.policy if config.mode == "esync" else None,
