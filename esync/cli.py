@@ -266,4 +266,5 @@ def serve(main: Coroutine[Any, Any, Any], stop: Callable[[], None]) -> None:
             loop.add_signal_handler(number, on_signal)
         await main
 
+    transport.allow_many_connections()
     transport.run(run())

@@ -255,6 +255,12 @@ class RunConfig:
             )
         if self.weights == "fednova" and algorithm(self.mode).aggregation != "mean":
             raise ConfigError(f"fednova weighs the deltas of a round; mode {self.mode} has none")
+        if self.clip_update and (self.weights == "fednova" or self.dcasgd):
+            what = 'weights = "fednova"' if self.weights == "fednova" else "dcasgd"
+            raise ConfigError(
+                f"clip_update bounds what one worker's update does to the model, and {what} makes more of it than it "
+                "is long; leave one of them out"
+            )
         if self.participation < 1 and self.mode not in ("fedavg", "tifl"):
             raise ConfigError(
                 f"participation is drawn in modes fedavg and tifl, not in {self.mode}"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from esync import config, tensors
 from esync.compression import COMPRESSIONS, Compressor, Decoder, squared_norm
 from esync.config import RunConfig
-from esync.errors import EsyncError, ProtocolError
+from esync.errors import ConfigError, EsyncError, ProtocolError
 from esync.ps.aggregation import (
     NOT_FINITE,
     ROUNDING,
@@ -362,3 +362,10 @@ def test_a_virtual_trainee_that_does_not_scale_is_an_error():
     cluster = virtual_cluster(config.cluster(FILE, run), Untrained())
     with pytest.raises(EsyncError, match="longer than clip_update"):
         cluster.run()
+
+
+@pytest.mark.parametrize("option", [{"weights": "fednova"}, {"mode": "async", "dcasgd": True}])
+def test_what_makes_more_of_an_update_than_it_is_long_is_refused(option):
+    RunConfig(**option)
+    with pytest.raises(ConfigError, match="more of it than it is long"):
+        RunConfig(clip_update=1.0, **option)

@@ -432,16 +432,16 @@ def test_an_update_on_the_device_goes_over_sockets_if_the_server_forgot_the_memo
 
 
 def test_a_chunk_that_is_being_added_up_is_stamped_so_before(machine, chunks, monkeypatch):
-    real, seen = CupyBackend.blend, []
+    real, seen = CupyBackend.weighted_sum, []
 
-    def blend(self, a, alpha, b, beta, out=None):
+    def weighted_sum(self, xs, weights, out=None):
         region = cluster.ps.thread._in_place
         for slot, chunk in np.ndindex(*region.stamps.shape) if region and out is not None else ():
             if region.chunk(slot, chunk).data.ptr == out.data.ptr:
                 seen.append(region.stamps[slot, chunk])
-        return real(self, a, alpha, b, beta, out)
+        return real(self, xs, weights, out)
 
-    monkeypatch.setattr(CupyBackend, "blend", blend)
+    monkeypatch.setattr(CupyBackend, "weighted_sum", weighted_sum)
     with Cluster(RunConfig(mode="sync", workers=2, rounds=30), device="cuda") as cluster:
         threads = [cluster.train(f"w{i}", learner(float(i)), rank=i) for i in range(2)]
         for thread in threads:

@@ -97,3 +97,15 @@ def test_workers_find_a_parameter_server_that_listens_everywhere(
 ) -> None:
     assert transport.advertised(bound, state) == told
     assert transport.resolved(told, joined_by) == connects_to
+
+
+def test_servers_may_have_as_many_connections_as_the_system_allows() -> None:
+    resource = pytest.importorskip("resource")
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = min(before, most, 1000) - 1
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
+        transport.allow_many_connections()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))

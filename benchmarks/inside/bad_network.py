@@ -43,7 +43,10 @@ class Way:
     async def _take(self) -> None:
         now, data = asyncio.get_running_loop().time, b"x"
         while data:
-            data = await self._source.read(1 << 16)
+            try:
+                data = await self._source.read(1 << 16)
+            except OSError:
+                data = b""  # a reset ends it too
             await self._pieces.put((now() + self._delay_s * self._rng.uniform(1, 3), data))
 
 

@@ -29,14 +29,15 @@ def main() -> None:
 
         worker.on_round(lambda row: write("round", **row))
         params = worker.start({"w": np.zeros(SIZE, np.float32)})
-        round, steps = worker.round, 0
+        steps = 0
         while not worker.stopped:
             worker.pause(float(step_s))
-            if worker.round != round:
-                round, steps = worker.round, 0
             steps += 1
-            write("step", round=round, steps=steps)
-            params = worker.step({"w": params["w"] + np.float32(1)})
+            write("step", round=worker.round, steps=steps)
+            trained = params["w"] + np.float32(1)
+            params = worker.step({"w": trained})
+            if params["w"] is not trained:  # another model, which may have the same number
+                steps = 0
 
 
 if __name__ == "__main__":

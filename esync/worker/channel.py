@@ -303,7 +303,7 @@ class Channel:
         try:
             self._word.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
-            pass  # the connection is gone; by the next one the model is sent anew
+            pass  # the connection is gone: what is missed then is asked for
 
     # Shared memory
 
