@@ -707,11 +707,9 @@ class Handlers:
         """Let a barrier go on without whoever others wait for, and who is far beyond its habit."""
         if not self.config.deadline_s or not algorithm(self.config.mode).barrier:
             return
-        members = self._members()
-        here = [r for r in members if r.arrived and r.round == self.history.version]
-        for record in members if here else ():
-            if record in here:
-                continue
+        members, version = self._members(), self.history.version
+        late = [r for r in members if not (r.arrived and r.round == version)]
+        for record in late if len(late) < len(members) else ():
             floor, ceiling = self.config.deadline_floor_s, self.config.deadline_s
             waited = now - max(self._round_at, record.active_at)  # if it came in the round's middle
             if waited > deadline_s(record.arrivals, floor, ceiling):
