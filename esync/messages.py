@@ -253,7 +253,7 @@ class Fetch:
 @dataclass(slots=True)
 class Have:
     """Worker -> parameter server: everything up to this chunk of this version has arrived, and where `whole` is true
-    the version is. It goes upstream on the connection by which models come: no update is in its way."""
+    the version is. It goes by a connection of its own: no update is in its way."""
 
     TYPE: ClassVar[str] = "have"
     worker: str

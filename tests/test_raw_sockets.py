@@ -20,7 +20,8 @@ from esync.messages import Query, Update, encode
 from tests.cluster import Cluster, Thread
 
 pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/statm").exists(), reason="this system does not say what a process uses"
+    not Path("/proc/self/statm").exists(),
+    reason="there is no /proc that says what a process uses: it takes Linux",
 )
 ROUNDS = 60
 ENOUGH = 40
