@@ -271,16 +271,48 @@ def _say(option: str, value: Any) -> str:
 LEAVES = 100
 STEP_S = 0.002
 """What a local step is taken to cost: a busy processor."""
-
-
+COMPILED, INTERPRETED = "compiled", "Python"
+"""Steps: a compiled function of JAX, during which other threads of Python run; a loop that keeps them waiting."""
 SITUATIONS = ("nothing to do", "a model arrives", "it pushes or merges")
 
 
-def stepping_worker(pipe: Connection, state: str, rank: int, elements: int, seconds: float) -> None:
+def compiled_step() -> Callable[[], object]:
+    """A step of JAX that takes about `STEP_S` when nothing else runs."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((64, 64), jnp.float32)
+
+    def repeated(count: int) -> Callable[[], object]:
+        work = jax.jit(
+            lambda x: jax.lax.fori_loop(0, count, lambda i, y: jnp.tanh(0.01 * (y @ x)), x)
+        )
+        return lambda: work(x).block_until_ready()
+
+    step = repeated(64)
+    step()
+    began = time.perf_counter()
+    for _ in range(20):
+        step()
+    step = repeated(max(1, round(64 * STEP_S * 20 / (time.perf_counter() - began))))
+    step()
+    return step
+
+
+def interpreted_step() -> None:
+    until = time.perf_counter() + STEP_S
+    while time.perf_counter() < until:
+        pass
+
+
+def stepping_worker(
+    pipe: Connection, state: str, rank: int, elements: int, kind: str, seconds: float
+) -> None:
     import jax.numpy as jnp
 
     from esync.worker.client import Worker
 
+    local_step = compiled_step() if kind == COMPILED else interpreted_step
     sizes = [elements // LEAVES] * LEAVES
     tree = {f"layer{i}": jnp.zeros(size, jnp.float32) for i, size in enumerate(sizes)}
     quiet, arriving, busy = [], [], []
@@ -291,25 +323,23 @@ def stepping_worker(pipe: Connection, state: str, rank: int, elements: int, seco
         (assembly,) = model.assemblies
         until = time.perf_counter() + seconds
         while time.perf_counter() < until and not worker.stopped:
-            step = time.perf_counter() + STEP_S
-            while time.perf_counter() < step:
-                pass
-            before, synced = assembly.missing()[0], worker.totals.sync_s
+            local_step()
+            before, synced = bool(assembly._partial), worker.totals.sync_s
             began = time.perf_counter()
             tree = worker.step(tree)
             took = time.perf_counter() - began
             if worker.totals.sync_s != synced:
                 busy.append(took)
-            elif before >= 0 or assembly.missing()[0] >= 0:
+            elif before or assembly._partial:
                 arriving.append(took)
             else:
                 quiet.append(took)
         pipe.send((quiet, arriving, busy, worker.round))
 
 
-def stepping(lane: str, workers: int, mb: float, seconds: float) -> dict[str, Any]:
-    """Seconds that `worker.step` takes of a tree of JAX arrays, with overlapped synchronisation: when there is
-    nothing to do, while a model arrives, and when it pushes or merges."""
+def stepping(lane: str, kind: str, workers: int, mb: float, seconds: float) -> dict[str, Any]:
+    """Seconds that `worker.step` takes of a tree of JAX arrays, with overlapped synchronisation and a kind of local
+    step: when there is nothing to do, while a model arrives, and when it pushes or merges."""
     settings = {"mode": "esync", "overlap": True, "model": "own", "workers": workers}
     settings |= {"shared_memory": lane in ("shared memory", GPU), "duration_s": seconds + 60}
     with ExitStack() as stack:
@@ -320,11 +350,12 @@ def stepping(lane: str, workers: int, mb: float, seconds: float) -> dict[str, An
         result_of(ps, "the parameter server")
         elements = int(mb * 1e6 / 4)
         rows = [
-            stack.enter_context(child(stepping_worker, endpoint, rank, elements, seconds))
+            stack.enter_context(child(stepping_worker, endpoint, rank, elements, kind, seconds))
             for rank in range(workers)
         ]
         results = [result_of(pipe, f"worker {i}") for i, (pipe, _) in enumerate(rows)]
-    row: dict[str, Any] = {"lane": lane, "workers": workers, "mb": mb, "rounds": results[0][3]}
+    row: dict[str, Any] = {"lane": lane, "step": kind, "workers": workers, "mb": mb}
+    row["rounds"] = results[0][3]
     for i, name in enumerate(SITUATIONS):
         times = [seconds for result in results for seconds in result[i]]
         row[name] = {
@@ -527,7 +558,7 @@ def show(rows: list[Row], baseline: str) -> None:
 def show_steps(rows: list[dict[str, Any]]) -> None:
     """Print what `worker.step` takes."""
     table = Table(title="worker.step, microseconds", title_justify="left")
-    for column in ("lane", "MB", "while", "calls", "median", "p99"):
+    for column in ("lane", "local step", "MB", "while", "calls", "median", "p99"):
         table.add_column(
             column, justify="right" if column in ("calls", "median", "p99") else "left"
         )
@@ -535,7 +566,8 @@ def show_steps(rows: list[dict[str, Any]]) -> None:
         for name in SITUATIONS:
             about = row[name]
             cells = (f"{about[x]:.0f}" if x in about else "" for x in ("median_us", "p99_us"))
-            table.add_row(row["lane"], f"{row['mb']:g}", name, str(about["calls"]), *cells)
+            mb, calls = f"{row['mb']:g}", str(about["calls"])
+            table.add_row(row["lane"], row["step"], mb, name, calls, *cells)
     Console(width=None if Console().is_terminal else 100).print(table)
 
 
@@ -580,8 +612,9 @@ def main(
         sys.exit(2)
     if step:
         steps = [
-            stepping(lane, 2, 4.0 if quick else 45.0, 3.0 if quick else 15.0)
+            stepping(lane, kind, 2, 4.0 if quick else 45.0, 3.0 if quick else 15.0)
             for lane in lanes or ("tcp", "shared memory")
+            for kind in (COMPILED, INTERPRETED)
         ]
         show_steps(steps)
         if file:

@@ -12,7 +12,7 @@ from esync import data
 from esync.config import RunConfig, WorkerConfig
 from esync.data import partition
 from esync.journal import Journal
-from esync.worker import loop
+from esync.worker import client, loop
 from esync.worker.client import Worker
 from esync.worker.pytree import Packer
 from esync.worker.step import classifier, random_key
@@ -131,3 +131,33 @@ def test_a_worker_is_pulled_towards_the_model_with_which_its_round_began(mu: flo
         for _ in range(3):
             params = by_hand(params, anchor, next(batches), mu)
     assert_close(Packer(model.params, model.stats).unpack([final])[0], params)
+
+
+LAST = np.full(1, 5.0, np.float32)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"a": np.zeros(1), "b": LAST},
+        {"a": {"x": np.zeros(1)}, "b": {"x": np.zeros(1), "y": LAST}},
+        {"a": [np.zeros(1), LAST]},
+        {"a": LAST, "b": None},
+        {"a": LAST, "b": {}},
+        (np.zeros(1), (np.zeros(1), LAST)),
+        LAST,
+    ],
+)
+def test_a_step_has_ended_when_its_last_array_is_there(
+    tree: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awaited: list[Any] = []
+    monkeypatch.setattr(jax, "block_until_ready", awaited.append)
+    client._wait_for(tree)
+    assert [x is LAST for x in awaited] == [True]
+    awaited.clear()
+    on_device = jax.tree_util.tree_map(jax.numpy.asarray, tree)
+    client._wait_for(on_device)
+    (last,) = awaited
+    assert isinstance(last, jax.Array)
+    assert last[0] == 5.0

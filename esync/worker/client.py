@@ -697,10 +697,15 @@ class Worker:
 
 
 def _wait_for(params: Tree) -> None:
-    """Wait until a step is done, to time it. Its results are ready together: to look at each takes longer than all
-    else that `step` does."""
-    leaves = jax.tree_util.tree_leaves(params)
-    jax.block_until_ready((leaves[0], leaves[-1]))
+    """Wait until a step is done, to time it. Its results are ready together, or one after the other: the last one is
+    looked at. To have JAX look for it takes longer than all else that `step` does, so dictionaries are gone down here.
+    """
+    last = params
+    while isinstance(last, dict) and last:
+        last = next(reversed(last.values()))
+    if not isinstance(last, (jax.Array, np.ndarray)):
+        last = jax.tree_util.tree_leaves(params)[-1]
+    jax.block_until_ready(last)
 
 
 def _finite(loss: Any) -> float | None:
