@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from dataclasses import dataclass
 
@@ -859,3 +860,107 @@ def test_what_lies_in_its_senders_memory_is_added_up_by_a_device_in_one_pass(
     assert backend.sums == sums
     expected = averaged(whole, list(updates.values()), [1, 2, 3, 4])[at.start : at.stop]
     np.testing.assert_allclose(event.data, expected, rtol=1e-5, atol=1e-6)
+
+
+class Several(NumpyBackend):
+    """Looks at three vectors at a time, and writes down how many it was asked about."""
+
+    at_once = 3
+
+    def __init__(self):
+        self.looks = []
+
+    def are_finite(self, xs):
+        self.looks.append(len(xs))
+        return super().are_finite(xs)
+
+
+@property_test
+@given(
+    seed=st.integers(0, 10_000),
+    outer=st.sampled_from(list(OUTER)),
+    weights=st.sampled_from(["equal", "samples", "fednova"]),
+    ordered=st.booleans(),
+    clip=st.booleans(),
+    compression=st.sampled_from(["none", "int8"]),
+)
+def test_what_comes_together_counts_as_if_it_came_one_after_the_other(
+    seed, outer, weights, ordered, clip, compression
+):
+    clip = 4.0 if clip and weights != "fednova" else 0.0
+    config = RunConfig(outer=outer, weights=weights, clip_update=clip, compression=compression)
+    random = np.random.default_rng(seed)
+    one, all_at_once = (
+        Mean(layout(), backend, config, ordered=ordered) for backend in (NumpyBackend(), Several())
+    )
+    ranks = {w: rank for rank, w in enumerate("abc")}
+    at = one.layout.chunks
+
+    def chunk(worker, round, i, whole):
+        data = whole[at[i].start : at[i].stop].copy()
+        return Contribution(worker, round, i, data, 1 + i, 1 + i)
+
+    whole = vector(seed)
+    for mean in (one, all_at_once):
+        mean.receive_all([chunk("a", INITIAL, i, whole) for i in range(CHUNKS)])
+        mean.set_members(ranks)
+    for _ in range(3):
+        round, updates = one.version, []
+        for worker in "abc":
+            whole = vector([seed, round, ranks[worker]])
+            whole[random.integers(SIZE)] = random.choice([1.0, 1.0, np.nan, 3e38])
+            updates += [chunk(worker, round, i, whole) for i in range(CHUNKS)]
+        updates = [updates[i] for i in random.permutation(len(updates))]
+        # Then all of it once more, sound: what was doubted is counted, and the rest came twice.
+        again = [
+            chunk(w, round, i, vector(rank)) for w, rank in ranks.items() for i in range(CHUNKS)
+        ]
+        for left in (updates, again):
+            while left:
+                some = left[: random.integers(1, 12)]
+                del left[: len(some)]
+                apart = [event for update in some for event in one.receive(update)]
+                together = all_at_once.receive_all(some)
+                assert one.version == all_at_once.version
+                assert described(apart, clip) == described(together, clip)
+        if one.version == round:
+            assert clip, "with it, nobody's may be left"
+            break
+        np.testing.assert_array_equal(
+            np.concatenate(one.chunks), np.concatenate(all_at_once.chunks)
+        )
+
+
+def described(events, clip):
+    """What happened, in any order. Why a chunk is refused of which there was no need any more depends on when that is
+    found: it came twice or late, or also is too long."""
+    rows = []
+    for each in events:
+        if isinstance(each, Published):
+            rows.append(f"published {each.version} {each.chunk} {each.data.tobytes().hex()}")
+        elif not isinstance(each, Refused):
+            rows.append(repr(dataclasses.astuple(each)[:2]))
+        elif not clip:
+            rows.append(each.reason.replace("double", "late"))
+    return sorted(rows)
+
+
+def test_what_comes_together_is_looked_at_together():
+    backend = Several()
+    mean = Mean(layout(), backend, RunConfig(outer="momentum"))
+    mean.receive_all([Contribution("a", INITIAL, i, x) for i, x in enumerate(cut(vector(0)))])
+    mean.set_members({"a": 0, "b": 1})
+    backend.looks.clear()
+    updates = [
+        Contribution(worker, 0, i, x)
+        for worker in "ab"
+        for i, x in enumerate(cut(vector(ord(worker))))
+    ]
+    events = mean.receive_all(updates)
+    assert len(completed(events)) == 1
+    # Chunks of deltas, three in number, come with a momentum each.
+    assert backend.looks == [6, 2]
+
+
+def cut(whole):
+    return [whole[at.start : at.stop] for at in layout().chunks]

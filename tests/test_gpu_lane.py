@@ -22,9 +22,10 @@ from esync.config import RunConfig
 from esync.device_memory import DeviceMemoryError, on_host
 from esync.errors import EsyncError
 from esync.messages import Have, Members, Model
-from esync.ps.aggregation import MODEL, Mean
-from esync.ps.backend import CupyBackend, NumpyBackend, backend_for
+from esync.ps.aggregation import MODEL, Mean, Published
+from esync.ps.backend import LOOKS, CupyBackend, NumpyBackend, backend_for
 from esync.ps.checkpoint import CHECKPOINTS, Checkpoints, model_name
+from esync.ps.server import TensorThread
 from esync.shared_memory import MODEL_SLOTS, WRITING, Region
 from esync.tensors import DELTA, VALUE, Layout, Leaf
 from esync.worker import channel, pytree
@@ -163,7 +164,7 @@ def run_of(workers=2, rounds=60, kind="inproc", device="cuda", **options):
 
 
 def chunks_brought_back(cupy):
-    return sum(size for size in cupy.schedule.brought_back if size > 4)
+    return sum(size for size in cupy.schedule.brought_back if size > 4 * LOOKS)
 
 
 DEVICE = {"w0": "device", "w1": "device"}
@@ -432,16 +433,16 @@ def test_an_update_on_the_device_goes_over_sockets_if_the_server_forgot_the_memo
 
 
 def test_a_chunk_that_is_being_added_up_is_stamped_so_before(machine, chunks, monkeypatch):
-    real, seen = CupyBackend.weighted_sum, []
+    real, seen = CupyBackend.stepped, []
 
-    def weighted_sum(self, xs, weights, out=None):
+    def stepped(self, base, scale, xs, weights, out=None):
         region = cluster.ps.thread._in_place
         for slot, chunk in np.ndindex(*region.stamps.shape) if region and out is not None else ():
             if region.chunk(slot, chunk).data.ptr == out.data.ptr:
                 seen.append(region.stamps[slot, chunk])
-        return real(self, xs, weights, out)
+        return real(self, base, scale, xs, weights, out)
 
-    monkeypatch.setattr(CupyBackend, "weighted_sum", weighted_sum)
+    monkeypatch.setattr(CupyBackend, "stepped", stepped)
     with Cluster(RunConfig(mode="sync", workers=2, rounds=30), device="cuda") as cluster:
         threads = [cluster.train(f"w{i}", learner(float(i)), rank=i) for i in range(2)]
         for thread in threads:
@@ -449,6 +450,35 @@ def test_a_chunk_that_is_being_added_up_is_stamped_so_before(machine, chunks, mo
         cluster.finish()
     assert len(seen) > 30
     assert set(seen) == {WRITING}
+
+
+@pytest.mark.parametrize("options", [{}, {"outer": "adam"}, {"weights": "samples"}])
+def test_chunks_that_come_together_are_looked_at_together(machine, chunks, monkeypatch, options):
+    updates, receive_all, together = TensorThread._updates, Mean.receive_all, []
+
+    def late(thread):
+        time.sleep(0.01)  # so that several words are there
+        updates(thread)
+
+    def counted(mean, gathered):
+        looks = machine.of_servers.schedule.brought_back.count(4 * LOOKS)
+        events = receive_all(mean, gathered)
+        final = sum(isinstance(event, Published) for event in events)
+        looks = machine.of_servers.schedule.brought_back.count(4 * LOOKS) - looks
+        together.append((final, looks))
+        return events
+
+    monkeypatch.setattr(TensorThread, "_updates", late)
+    monkeypatch.setattr(Mean, "receive_all", counted)
+    through, used, _ = run_of(mode="sync", rounds=20, **options)
+    assert used == DEVICE
+    vectors = 3 if options.get("outer") == "adam" else 1
+    assert max(final for final, _ in together) > 1
+    for final, looks in together:
+        assert looks == -(-final * vectors // LOOKS)
+    over, _, _ = run_of(mode="sync", rounds=20, shared_memory=False, **options)
+    for a, b in zip(through, over, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_what_waits_for_a_slow_subscriber_stays_what_it_is(machine, chunks):

@@ -10,7 +10,7 @@ and a chunk can be added up when it arrives and published when its last contribu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from esync.compression import Compressor, Decoder, Payload
@@ -18,7 +18,7 @@ from esync.config import RunConfig
 from esync.errors import ModelError
 from esync.messages import INITIAL
 from esync.ps.backend import Array, Backend
-from esync.ps.outer import OUTER
+from esync.ps.outer import OUTER, Step
 from esync.tensors import DELTA, Layout
 
 
@@ -151,6 +151,11 @@ class Aggregation(ABC):
         if update.round < 0:
             return [Refused("late")]  # a second copy of the initial model is not an update
         return self._receive(update)
+
+    def receive_all(self, updates: Sequence[Contribution]) -> list[Event]:
+        """`receive` of one after the other. What becomes final may be looked at together, after the last of them: no
+        update may follow from what becomes final by one before it."""
+        return [event for update in updates for event in self.receive(update)]
 
     def _beyond(self, update: Contribution) -> Refused | None:
         """With `clip_update`: why a chunk, which would be counted now, is refused. None: it may be.
@@ -355,6 +360,18 @@ class Mean(Aggregation):
         self._lengths.clear()
 
     def _receive(self, update: Contribution) -> list[Event]:
+        return self._counted(update) or self._finish([update.chunk])
+
+    def receive_all(self, updates: Sequence[Contribution]) -> list[Event]:
+        if self.version < 0:
+            return super().receive_all(updates)
+        events: list[Event] = []
+        for update in updates:
+            events += self.receive(update) if update.round < 0 else self._counted(update)
+        return events + self._finish(sorted({update.chunk for update in updates}))
+
+    def _counted(self, update: Contribution) -> list[Event]:
+        """Take a chunk, but make nothing final; returns what follows if it is refused."""
         if update.round != self.version or self._next[update.chunk] is not None:
             return [Refused("early" if update.round > self.version else "late")]
         if update.worker in self._arrived[update.chunk]:
@@ -372,7 +389,7 @@ class Mean(Aggregation):
             self._add_in_order(update.chunk)
         else:
             self._add(update)
-        return self._finish([update.chunk])
+        return []
 
     def _add_in_order(self, chunk: int) -> None:
         """Add what does not have to wait for a lower rank's."""
@@ -408,9 +425,7 @@ class Mean(Aggregation):
 
     def _add_up(self, chunk: int) -> None:
         """Add what waits to a chunk's sum; its memory is free then."""
-        data, factors = zip(*self._waiting[chunk], strict=True)
-        self._waiting[chunk] = []
-        self._alone.pop(chunk, None)
+        data, factors = self._no_longer_waiting(chunk)
         total = self._totals[chunk]
         if total is None:
             self._totals[chunk] = self.backend.weighted_sum(data, factors, self._new_room(chunk))
@@ -418,6 +433,12 @@ class Mean(Aggregation):
             self.backend.add_scaled(total, data[0], factors[0])
         else:
             self.backend.weighted_sum([total, *data], [1.0, *factors], total)
+
+    def _no_longer_waiting(self, chunk: int) -> tuple[list[Array], list[float]]:
+        """(vectors, factors) of what waits to be added."""
+        waiting, self._waiting[chunk] = self._waiting[chunk], []
+        self._alone.pop(chunk, None)
+        return [data for data, _ in waiting], [factor for _, factor in waiting]
 
     def _new_room(self, chunk: int) -> Array | None:
         """Where the next version's chunk is made, if that is given."""
@@ -436,25 +457,22 @@ class Mean(Aggregation):
         self._expected = dict(sorted(ranks.items(), key=lambda item: (item[1], item[0])))
         return self._finish(range(len(self.chunks))) if self.version >= 0 else []
 
-    def _finish(self, candidates: list[int] | range) -> list[Event]:
+    def _finish(self, candidates: Collection[int]) -> list[Event]:
         """Make final whichever of the chunks nobody is awaited for any more."""
         events: list[Event] = []
         awaited = self._expected.keys() - self._excused if self._excused else self._expected.keys()
-        for chunk in candidates:
-            arrived = self._arrived[chunk]
-            if self._next[chunk] is None and arrived and arrived >= awaited:
-                new = self._new_value(chunk)
-                if new is None and chunk not in self._doubted:
-                    events.append(self._begin_anew(chunk))
-                    continue
-                if new is None:
-                    new = self.chunks[chunk]  # finite updates, but their sum is not
-                    events.append(Refused("overflow"))
-                new = self._encode(chunk, new)
-                if new is not self._rooms[chunk]:
-                    new = self._settled(self.version + 1, chunk, new)
-                self._next[chunk] = new
-                events.append(self._published(chunk))
+        ready = [
+            chunk
+            for chunk in candidates
+            if self._next[chunk] is None
+            and self._arrived[chunk]
+            and self._arrived[chunk] >= awaited
+        ]
+        for first in range(0, len(ready), self.backend.at_once):
+            some = ready[first : first + self.backend.at_once]
+            steps = [self._step(chunk) for chunk in some]
+            for chunk, step, finite in zip(some, steps, self._are_finite(steps), strict=True):
+                events += self._settle(chunk, step if finite else None)
         if events and all(x is not None for x in self._next):
             members = frozenset[str]().union(*self._arrived)
             before = self.averaged()
@@ -464,6 +482,28 @@ class Mean(Aggregation):
             self._begin()
             events.append(Completed(self.version, members))
         return events
+
+    def _are_finite(self, steps: list[Step]) -> list[bool]:
+        """Of each step whether all that it makes is finite."""
+        looks = iter(self.backend.are_finite([x for step in steps for x in step.vectors]))
+        return [all([next(looks) for _ in step.vectors]) for step in steps]
+
+    def _settle(self, chunk: int, step: Step | None) -> list[Event]:
+        """A chunk is final; or it begins anew, if its step is not finite (None)."""
+        events: list[Event] = []
+        if step is None and chunk not in self._doubted:
+            return [self._begin_anew(chunk)]
+        if step is None:
+            new = self.chunks[chunk]  # finite updates, but their sum is not
+            events.append(Refused("overflow"))
+        else:
+            new = step.value
+            self.outer.take(chunk, step)
+        new = self._encode(chunk, new)
+        if new is not self._rooms[chunk]:
+            new = self._settled(self.version + 1, chunk, new)
+        self._next[chunk] = new
+        return [*events, self._published(chunk)]
 
     def _begin_anew(self, chunk: int) -> Doubted:
         """Forget what came of a chunk, and look at what comes."""
@@ -476,23 +516,26 @@ class Mean(Aggregation):
         self._kept[chunk], self._added[chunk] = {}, set()
         return Doubted(self.version, chunk, workers)
 
-    def _new_value(self, chunk: int) -> Array | None:
-        """The chunk of the next version; None if it would not be finite."""
+    def _step(self, chunk: int) -> Step:
+        """What the updates make of a chunk; not looked at yet."""
         self._add_in_order(chunk)
         for _, update in sorted(self._kept[chunk].items()):  # of workers that are not expected
             self._add(update)
         self._kept[chunk] = {}
+        weight, delta = self._weights[chunk], self.layout.chunks[chunk].kind == DELTA
+        scale = 1.0 / weight
+        if self._normalised(chunk):
+            scale *= self._steps[chunk] / weight  # tau_eff
+        if delta and self._totals[chunk] is None and len(self._waiting[chunk]) > 1:
+            data, factors = self._no_longer_waiting(chunk)
+            room = self._new_room(chunk)
+            return self.outer.step_on(chunk, self.chunks[chunk], data, factors, scale, room)
         if self._waiting[chunk]:
             self._add_up(chunk)
-        total, weight = self._totals[chunk], self._weights[chunk]
-        self._totals[chunk] = None
-        scale = 1.0 / weight
-        if self.layout.chunks[chunk].kind == DELTA:
-            if self._normalised(chunk):
-                scale *= self._steps[chunk] / weight  # tau_eff
+        total, self._totals[chunk] = self._totals[chunk], None
+        if delta:
             return self.outer.step(chunk, self.chunks[chunk], total, scale)
-        mean = self.backend.scaled(total, scale, total)
-        return mean if self.backend.is_finite(mean) else None
+        return Step(self.backend.scaled(total, scale, total), {})
 
     def _encode(self, chunk: int, new: Array) -> Array:
         """Encode how a chunk moves, where the run compresses; returns where that really moves it.

@@ -27,6 +27,8 @@ class Backend(Protocol):
     name: str
     cuda: int | None
     """The CUDA device on which its arrays are, as this process counts; None: they are NumPy's."""
+    at_once: int
+    """How many vectors it pays to look at together."""
 
     def load(self, x: Array) -> Array:
         """A vector in host memory as one of this backend; on the CPU without a copy, as what is one already is."""
@@ -39,6 +41,9 @@ class Backend(Protocol):
 
     def is_finite(self, x: Array) -> bool:
         """Whether no element is NaN or infinite."""
+
+    def are_finite(self, xs: Sequence[Array]) -> list[bool]:
+        """`is_finite` of each."""
 
     def squared_norm(self, x: Array) -> float:
         """The sum of the squares, in float64; NaN or infinite if an element is."""
@@ -65,6 +70,17 @@ class Backend(Protocol):
         What `scaled` and `add_scaled` do with one vector after the other; a GPU does it in one pass over memory.
         """
 
+    def stepped(
+        self,
+        base: Array,
+        scale: float,
+        xs: Sequence[Array],
+        weights: Sequence[float],
+        out: Array | None = None,
+    ) -> Array:
+        """`base + scale * sum_i(weights[i] * xs[i])`: what `weighted_sum` and `blend` do one after the other, to the
+        bit; a GPU in one pass. A new vector, or `out`."""
+
     def blend_square(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
         """A new vector `alpha * a + beta * b * b`: a mean of squares that moves on."""
 
@@ -88,6 +104,7 @@ class NumpyBackend:
 
     name = "cpu"
     cuda: int | None = None
+    at_once = 1  # while it is in the cache
 
     def load(self, x: Array) -> Array:
         return x
@@ -103,6 +120,9 @@ class NumpyBackend:
 
     def is_finite(self, x: Array) -> bool:
         return is_finite(x)
+
+    def are_finite(self, xs: Sequence[Array]) -> list[bool]:
+        return [is_finite(x) for x in xs]
 
     def squared_norm(self, x: Array) -> float:
         return squared_norm(x)
@@ -144,6 +164,17 @@ class NumpyBackend:
             self.add_scaled(total, x, weight)
         return total
 
+    def stepped(
+        self,
+        base: Array,
+        scale: float,
+        xs: Sequence[Array],
+        weights: Sequence[float],
+        out: Array | None = None,
+    ) -> Array:
+        total = self.weighted_sum(xs, weights, out)
+        return self.blend(base, 1.0, total, scale, total)
+
     @_overflow_is_checked_later
     def blend_square(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
         out = np.multiply(b, b)
@@ -178,6 +209,8 @@ class NumpyBackend:
 
 MOST = 16
 """Vectors that one kernel adds up; more are added up by several, one after the other."""
+LOOKS = 16
+"""Vectors that are looked at together: the host waits once for all of them."""
 
 
 def _weighted(count: int) -> tuple[str, str]:
@@ -190,7 +223,8 @@ class CupyBackend:
     """On a CUDA device: chunks go through pinned memory into device memory (`esync.ps.staging`) and are added up there.
 
     Every operation is one kernel that reads each operand once and writes its result once. They run one after the other
-    on a stream of their own; nothing waits for them but `host` and `is_finite`. Any thread may call, one at a time.
+    on a stream of their own; nothing waits for them but `host`, `is_finite` and `are_finite`. Any thread may call, one
+    at a time.
 
     Raises:
         DeviceError: CuPy is not installed, or there is no such device.
@@ -215,14 +249,16 @@ class CupyBackend:
             )
         self.name = f"cuda:{index}"
         self.cuda: int | None = index
+        self.at_once = LOOKS
         self._cupy = cupy
         self._device = cupy.cuda.Device(index)
         with self._device:
             self._sums = cupy.cuda.Stream(non_blocking=True)
             self._looked = cupy.cuda.Event(disable_timing=True)
         with self._device, self._sums:
-            self._bad = cupy.empty(1, np.int32)
-        self._bad_here = np.ndarray((1,), np.int32, cupy.cuda.alloc_pinned_memory(4))
+            self._bad = cupy.empty(LOOKS, np.int32)
+            self._each_bad = [self._bad[at : at + 1] for at in range(LOOKS)]
+        self._bad_here = np.ndarray((LOOKS,), np.int32, cupy.cuda.alloc_pinned_memory(4 * LOOKS))
         self._staging = Staging(cupy, self._device, self._sums)
         self._find_bad = cupy.ElementwiseKernel(
             "float32 x", "raw int32 bad", "if (!isfinite(x)) bad[0] = 1", "esync_find_bad"
@@ -242,7 +278,12 @@ class CupyBackend:
             "float32 base, float32 m, float32 v, float32 scale, float32 epsilon",
             "base + scale * m / (sqrt(v) + epsilon)",
         )
-        self._add_up = [self._kernel(f"add_{n}", *_weighted(n)) for n in range(1, MOST + 1)]
+        self._add_up, self._step = [], []
+        for n in range(1, MOST + 1):
+            inputs, total = _weighted(n)
+            self._add_up.append(self._kernel(f"add_{n}", inputs, total))
+            step = f"float32 base, float32 scale, {inputs}", f"base + scale * ({total})"
+            self._step.append(self._kernel(f"step_{n}", *step))
 
     def _kernel(self, name: str, inputs: str, expression: str) -> Callable[..., Array]:
         """`kernel(*operands, out=None)`, on the stream of the sums; a new vector, or `out`, which may be an operand."""
@@ -269,13 +310,21 @@ class CupyBackend:
             self._looked.synchronize()
 
     def is_finite(self, x: Array) -> bool:
-        with self._device, self._sums:
-            self._bad.data.memset_async(0, 4, self._sums)
-            self._find_bad(x, self._bad)
-            self._bad.get(stream=self._sums, out=self._bad_here, blocking=False)
-            self._looked.record(self._sums)
-            self._looked.synchronize()
-        return not self._bad_here[0]
+        return self.are_finite([x])[0]
+
+    def are_finite(self, xs: Sequence[Array]) -> list[bool]:
+        finite: list[bool] = []
+        for first in range(0, len(xs), LOOKS):
+            some = xs[first : first + LOOKS]
+            with self._device, self._sums:
+                self._bad.data.memset_async(0, self._bad.nbytes, self._sums)
+                for x, bad in zip(some, self._each_bad, strict=False):
+                    self._find_bad(x, bad)
+                self._bad.get(stream=self._sums, out=self._bad_here, blocking=False)
+                self._looked.record(self._sums)
+                self._looked.synchronize()
+            finite += (self._bad_here[: len(some)] == 0).tolist()
+        return finite
 
     def squared_norm(self, x: Array) -> float:
         return squared_norm(self.host(x))
@@ -303,6 +352,20 @@ class CupyBackend:
             out = self._add_up[-1](*chain(*terms[:MOST]), out=out)
             terms = [(out, 1.0), *terms[MOST:]]
         return self._add_up[len(terms) - 1](*chain(*terms), out=out)
+
+    def stepped(
+        self,
+        base: Array,
+        scale: float,
+        xs: Sequence[Array],
+        weights: Sequence[float],
+        out: Array | None = None,
+    ) -> Array:
+        if len(xs) > MOST:
+            total = self.weighted_sum(xs, weights, out)
+            return self.blend(base, 1.0, total, scale, total)
+        terms = chain(*zip(xs, weights, strict=True))
+        return self._step[len(xs) - 1](base, scale, *terms, out=out)
 
     def blend_square(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
         return self._blend_square(a, alpha, b, beta)

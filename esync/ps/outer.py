@@ -8,7 +8,8 @@ are new ones, or made of the round's sum: what was published, or read by `state`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from esync.config import RunConfig
 from esync.errors import ModelError
@@ -18,6 +19,18 @@ State = dict[str, Array]
 """One chunk's state: name -> vector."""
 SMALLEST_EPSILON = 1e-12
 """In place of an epsilon of 0: where no delta ever came, 0 / 0 would have to be 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step makes of a chunk: its new value and the optimiser's new state; nobody has looked at them yet."""
+
+    value: Array
+    state: State
+
+    @property
+    def vectors(self) -> list[Array]:
+        return [self.value, *self.state.values()]
 
 
 class Outer(ABC):
@@ -34,21 +47,35 @@ class Outer(ABC):
         self._initial = initial
         self._state: dict[str, list[Array]] = {name: [None] * chunks for name in initial}
 
-    def step(self, chunk: int, value: Array, total: Array, scale: float) -> Array | None:
-        """The chunk's new value, given its value and the averaged delta D = `scale * total`; uses `total` up.
+    def step(self, chunk: int, value: Array, total: Array, scale: float) -> Step:
+        """A step on a chunk, given its value and the averaged delta D = `scale * total`; uses `total` up. To be taken
+        (`take`) if what it makes is finite; until then nothing has changed."""
+        return Step(*self._step(value, total, scale, self._state_of(chunk, value)))
 
-        None if the value or the state would not be finite; then the state stays as it was.
-        """
+    def step_on(
+        self,
+        chunk: int,
+        value: Array,
+        deltas: Sequence[Array],
+        weights: Sequence[float],
+        scale: float,
+        out: Array | None = None,
+    ) -> Step:
+        """`step` where the total has not been formed yet: it is `sum_i(weights[i] * deltas[i])`. `out`: where to make
+        the new value or what leads to it."""
+        return self.step(chunk, value, self.backend.weighted_sum(deltas, weights, out), scale)
+
+    def take(self, chunk: int, step: Step) -> None:
+        """The chunk's step is taken: the next one begins from its state."""
+        for name, x in step.state.items():
+            self._state[name][chunk] = x
+
+    def _state_of(self, chunk: int, value: Array) -> State:
         state: State = {}
         for name, initial in self._initial.items():
             kept = self._state[name][chunk]
             state[name] = self.backend.filled(value, initial) if kept is None else kept
-        new, state = self._step(value, total, scale, state)
-        if not all(self.backend.is_finite(x) for x in (new, *state.values())):
-            return None
-        for name, x in state.items():
-            self._state[name][chunk] = x
-        return new
+        return state
 
     @abstractmethod
     def _step(self, value: Array, total: Array, scale: float, state: State) -> tuple[Array, State]:
@@ -83,6 +110,18 @@ class Sgd(Outer):
     def _step(self, value: Array, total: Array, scale: float, state: State) -> tuple[Array, State]:
         new = self.backend.blend(value, 1.0, total, self.config.global_lr * scale, total)
         return new, state
+
+    def step_on(
+        self,
+        chunk: int,
+        value: Array,
+        deltas: Sequence[Array],
+        weights: Sequence[float],
+        scale: float,
+        out: Array | None = None,
+    ) -> Step:
+        lr = self.config.global_lr
+        return Step(self.backend.stepped(value, lr * scale, deltas, weights, out), {})
 
 
 class Momentum(Outer):

@@ -207,6 +207,7 @@ class TensorThread(threading.Thread):
         self._arrival: dict[str, float] = {}
         self._turns = Turns()
         self._held: list[Published] = []  # chunks for those whose turn has not come
+        self._gathered: list[Contribution] = []  # in a device's memory, to be taken together
         self._asked_at = 0.0
         self._asked = 0
 
@@ -412,8 +413,9 @@ class TensorThread(threading.Thread):
             try:
                 frames = self._pull.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                return
+                break
             self.handle([frame.buffer for frame in frames])
+        self._take_gathered()
 
     def _opened(self, frames: Sequence[memoryview]) -> tuple[Message, list[memoryview]]:
         """A worker's message, if it speaks for who sealed it, and its payload if it has one."""
@@ -428,6 +430,8 @@ class TensorThread(threading.Thread):
         worker = None
         try:
             message, payload = self._opened(frames)
+            if not isinstance(message, Update):
+                self._take_gathered()
             if isinstance(message, (Update, Fetch)) and not self._knows(_subscriber(message)):
                 self.counters["unknown-worker"] += 1  # it will ask again, once it is here
             elif isinstance(message, Update):
@@ -503,7 +507,18 @@ class TensorThread(threading.Thread):
             max(1, message.samples),
             lasts=shared and data is update,  # else it was brought to the device: memory of ours
         )
-        self._emit(self.aggregation.receive(contribution))
+        if contribution.lasts and self._backend.at_once > 1 and self._mode.barrier:
+            self._gathered.append(contribution)
+        else:
+            self._take_gathered()
+            self._emit(self.aggregation.receive(contribution))
+
+    def _take_gathered(self) -> None:
+        """Take what has come through a device's memory since the last time, all of it together."""
+        if self._gathered:
+            assert self.aggregation is not None
+            gathered, self._gathered = self._gathered, []
+            self._emit(self.aggregation.receive_all(gathered))
 
     # Shared memory
 
@@ -550,21 +565,23 @@ class TensorThread(threading.Thread):
         if on_device == (index is not None) and aggregation.move_to(room):
             self._in_place = region
         if aggregation.version >= 0:
-            for i, data in enumerate(aggregation.chunks):
-                self._place(Published(aggregation.version, i, data))
-            for event in aggregation.in_progress():
-                self._place(event)
+            whole = [
+                Published(aggregation.version, i, data) for i, data in enumerate(aggregation.chunks)
+            ]
+            self._place([*whole, *aggregation.in_progress()])
 
-    def _place(self, event: Published) -> None:
-        """A chunk of a version is final: have it in shared memory, if there is any."""
-        slot = event.version % MODEL_SLOTS
+    def _place(self, events: list[Published]) -> None:
+        """Chunks of a version are final: have them in shared memory, if there is any."""
         for region in self._models.values():
-            if region is not self._in_place and region.device is None:
-                np.copyto(region.begin(slot, event.chunk), self._backend.host(event.data))
-            elif region is not self._in_place:
-                self._backend.copied(event.data, region.begin(slot, event.chunk))
+            for event in events if region is not self._in_place else ():
+                room = region.begin(event.version % MODEL_SLOTS, event.chunk)
+                if region.device is None:
+                    np.copyto(room, self._backend.host(event.data))
+                else:
+                    self._backend.copied(event.data, room)
             self._backend.wait()  # a reader waits for nothing but the stamp
-            region.finish(slot, event.chunk, event.version)
+            for event in events:
+                region.finish(event.version % MODEL_SLOTS, event.chunk, event.version)
 
     def _is_placed(self, worker: str, event: Published) -> bool:
         """Whether a chunk of a version is in shared memory that a worker reads."""
@@ -614,6 +631,9 @@ class TensorThread(threading.Thread):
     # Sending
 
     def _emit(self, events: list[Event]) -> None:
+        final = [event for event in events if isinstance(event, Published)]
+        if final and self._mode.barrier:
+            self._place(final)
         for event in events:
             if isinstance(event, Published):
                 self._publish(event)
@@ -642,8 +662,6 @@ class TensorThread(threading.Thread):
 
     def _publish(self, event: Published) -> None:
         """Send a chunk to whom it is for; where some come first, to them, and to the others later."""
-        if self._mode.barrier:
-            self._place(event)
         if event.worker is not None:
             self._send_chunk(event.worker, event)
             return
