@@ -37,7 +37,7 @@ from inside.role import loopback_bytes
 from rich.console import Console
 from rich.table import Table
 
-from esync import device_memory, keys
+from esync import cli, device_memory, keys
 
 WARM_UP = 3
 """Synchronisations that are not counted: memory is touched for the first time in them."""
@@ -159,7 +159,7 @@ def esync_state(pipe: Connection, run: dict[str, Any], bind: str, directory: str
 
 
 def esync_ps(pipe: Connection, state: str, options: dict[str, Any]) -> None:
-    from esync import cli, transport
+    from esync import transport
     from esync.config import PsConfig
     from esync.ps.server import ParameterServer
 
@@ -181,7 +181,6 @@ def esync_worker(
 ) -> None:
     import jax.numpy as jnp
 
-    from esync import cli
     from esync.worker.client import Worker
 
     cli.keep_memory()  # as esync-worker does
@@ -443,9 +442,9 @@ def bare_worker(pipe: Connection, push: str, model: str, size: int, rounds: int)
     context.destroy(0)
 
 
-def bare(kind: str, workers: int, mb: float, rounds: int) -> Row:
-    """The same messages over the same sockets, with nothing added up and nothing looked at."""
-    size = int(mb * 1e6)
+def bare(kind: str, workers: int, mb: float, rounds: int, *, adds: bool = False) -> Row:
+    """The same messages over the same sockets, with nothing looked at, and nothing added up unless it `adds`."""
+    size = int(mb * 1e6) // 4 * 4
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         context = zmq.Context()
@@ -468,14 +467,30 @@ def bare(kind: str, workers: int, mb: float, rounds: int) -> Row:
         for i, (pipe, _) in enumerate(rows):
             result_of(pipe, f"bare worker {i}")
             pipe.send("go")
-        data = memoryview(bytearray(size))
+        model = np.zeros(size // 4, np.float32)
+        chunks = [model[at : at + CHUNK // 4] for at in range(0, model.size, CHUNK // 4)]
         for _ in range(rounds + WARM_UP + 1):
-            for at in range(0, size, CHUNK):
-                for _ in range(workers):
-                    pull.recv(copy=False)
-                pub.send(data[at : at + CHUNK], copy=False)
+            for i, chunk in enumerate(chunks):
+                frames = [pull.recv(copy=False) for _ in range(1 if adds else workers)]
+                if adds:
+                    # (Near a round's end it may be another chunk's, of another size: the same work for nothing.)
+                    total = _padded(frames[0], chunk.size)
+                    for k in range(1, workers):
+                        x = _padded(pull.recv(copy=False), chunk.size)
+                        total = np.add(total, x, out=total if k > 1 else None)
+                    total *= np.float32(1 / workers)
+                    total += chunk
+                    chunks[i] = total
+                pub.send(chunks[i].data.cast("B"), copy=False)
         ends = [result_of(pipe, f"bare worker {i}") for i, (pipe, _) in enumerate(rows)]
-        return Row(f"bare ZeroMQ, {kind}", workers, mb, intervals(ends[0]))
+        name = f"bare ZeroMQ, {kind}" + (", sums" if adds else "")
+        return Row(name, workers, mb, intervals(ends[0]))
+
+
+def _padded(frame: zmq.Frame, size: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """A chunk's elements, so many of them."""
+    x = np.frombuffer(frame.buffer, np.float32)
+    return x[:size] if x.size >= size else np.resize(x, size)
 
 
 def copying(pipe: Connection, size: int, workers: int, rounds: int) -> None:
@@ -606,6 +621,7 @@ def main(
     rounds = rounds or (10 if quick else 30)
     console = Console(stderr=True)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share the GPU
+    cli.keep_memory()  # as esync-ps does: the bare one's sums are made in this process
     no_gpu = device_memory.unsupported()
     if no_gpu and GPU in lanes:
         console.print(f"There is no lane {GPU} here: {no_gpu}", markup=False)
@@ -647,8 +663,12 @@ def main(
             if not only_esync:
                 if has_torch:
                     plan.append(lambda n=workers, mb=mb: gloo(n, mb, rounds))  # type: ignore[misc]
-                for kind in ("tcp", "ipc"):
-                    plan.append(lambda kind=kind, n=workers, mb=mb: bare(kind, n, mb, rounds))  # type: ignore[misc]
+                for kind, adds in (("tcp", True), ("tcp", False), ("ipc", False)):
+                    plan.append(
+                        lambda kind=kind, adds=adds, n=workers, mb=mb: bare(  # type: ignore[misc]
+                            kind, n, mb, rounds, adds=adds
+                        )
+                    )
                 plan.append(lambda n=workers, mb=mb: memcpy(n, mb, rounds))  # type: ignore[misc]
             for one in plan * repeat:
                 row = one()

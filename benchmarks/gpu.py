@@ -5,7 +5,9 @@
 
 - Memory: a kernel that copies 1 GB, bytes read and written per second. What follows is a share of that.
 - Averaging what is on the device already, chunk by chunk, through the backend and the aggregation that the parameter
-  server uses, with chunks of several sizes; and with all workers' chunks added up by one kernel.
+  server uses, with chunks of several sizes: one worker after the other, as what came over sockets is added up, and
+  several chunks at a time, all workers' in one pass, as what lies in workers' memory of the device is; and the kernels
+  of the latter alone.
 - The same from memory of the host, as chunks arrive from a socket: a share of what the bus moves.
 - A JAX array handed to another process: through memory of the device (CUDA IPC), and through the host.
 - Agreement with NumPy.
@@ -24,7 +26,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -41,6 +42,7 @@ from esync.device_memory import DeviceMemoryError, DeviceOffer, DeviceRegion
 from esync.messages import INITIAL, Offer
 from esync.ps.aggregation import Contribution, Mean
 from esync.ps.backend import Array, Backend, CupyBackend, NumpyBackend
+from esync.ps.server import RECV_BURST
 from esync.tensors import DELTA, Layout, Leaf, Vector
 
 TARGET = 0.6
@@ -186,7 +188,7 @@ def begun(backend: Backend, layout: Layout, workers: int, model: Vector) -> Mean
 
 
 def one_round(mean: Mean, chunk_of: Callable[[int, int], Array], workers: int) -> None:
-    """Every worker's chunk, one chunk after the other.
+    """Every worker's chunk, one chunk after the other, as they come over sockets.
 
     Raises:
         RuntimeError: it was not a whole round.
@@ -199,9 +201,27 @@ def one_round(mean: Mean, chunk_of: Callable[[int, int], Array], workers: int) -
         raise RuntimeError(f"a round went from version {version} to {mean.version}")
 
 
+def one_shared_round(mean: Mean, updates: list[list[Array]]) -> None:
+    """The same in bursts, as words come of chunks that lie in workers' memory of the device.
+
+    Raises:
+        RuntimeError: it was not a whole round.
+    """
+    version = mean.version
+    words = [
+        Contribution(f"w{rank}", version, i, update[i], lasts=True)
+        for i in range(len(mean.layout.chunks))
+        for rank, update in enumerate(updates)
+    ]
+    for first in range(0, len(words), RECV_BURST):
+        mean.receive_all(words[first : first + RECV_BURST])
+    if mean.version != version + 1:
+        raise RuntimeError(f"a round went from version {version} to {mean.version}")
+
+
 def passes(workers: int) -> int:
-    """How often averaging reads or writes a vector: two are added into a third, each further one to it, that to
-    the model; and the result is looked at."""
+    """How often averaging of what came over sockets reads or writes a vector: two are added into a third, each further
+    one to it, that to the model; and the result is looked at."""
     return 3 + 3 * (workers - 2) + 3 + 1
 
 
@@ -215,43 +235,44 @@ def resident(
         layout, backend = layout_of(data[0].nbytes / 1e6), CupyBackend()
         mean = begun(backend, layout, workers, data[0])
         updates = [[backend.load(x[at.start : at.stop]) for at in layout.chunks] for x in data[1:]]
-        seconds = timed(
-            lambda: one_round(mean, lambda rank, i: updates[rank][i], workers), done, rounds
-        )
-        yield Row(
-            f"on the device, {mib:g} MiB chunks, one worker after the other",
-            seconds,
-            passes(workers) * data[0].nbytes,
-            "read and written",
-            bandwidth,
-            {"mib_per_launch": 3 * mib, "averaged_gb_s": _averaged(data, seconds)},
-        )
-        for looks in (True, False):
-            chunks = list(mean.chunks)
-            seconds = timed(partial(_all_at_once, backend, chunks, updates, looks), done, rounds)
+        chunks = list(mean.chunks)
+        for name, work, count, operands in (
+            (
+                "as over sockets",
+                lambda: one_round(mean, lambda rank, i: updates[rank][i], workers),
+                passes(workers),
+                3,
+            ),
+            (
+                "as in workers' memory of it",
+                lambda: one_shared_round(mean, updates),
+                workers + 2 + 1,
+                workers + 2,
+            ),
+            (
+                "kernels alone",
+                lambda: _kernels_alone(backend, chunks, updates),
+                workers + 2,
+                workers + 2,
+            ),
+        ):
+            seconds = timed(work, done, rounds)
             yield Row(
-                f"on the device, {mib:g} MiB chunks, one kernel for all workers"
-                + ("" if looks else ", not looked at"),
+                f"on the device, {mib:g} MiB chunks, {name}",
                 seconds,
-                (workers + 2 + looks) * data[0].nbytes,
+                count * data[0].nbytes,
                 "read and written",
                 bandwidth,
-                {
-                    "mib_per_launch": (workers + 2) * mib,
-                    "averaged_gb_s": _averaged(data, seconds),
-                },
+                {"mib_per_launch": operands * mib, "averaged_gb_s": _averaged(data, seconds)},
             )
 
 
-def _all_at_once(
-    backend: Backend, chunks: list[Array], updates: list[list[Array]], looks: bool
-) -> None:
-    """A round in which each chunk is one sum of the model and all updates."""
-    weights = [1.0, *[1.0 / len(updates)] * len(updates)]
+def _kernels_alone(backend: Backend, chunks: list[Array], updates: list[list[Array]]) -> None:
+    """A round in which each chunk is one sum of the model and all updates, and nothing else."""
+    weights = [1.0] * len(updates)
     for i, chunk in enumerate(chunks):
-        chunks[i] = backend.weighted_sum([chunk, *(update[i] for update in updates)], weights)
-        if looks:
-            backend.is_finite(chunks[i])
+        deltas = [update[i] for update in updates]
+        chunks[i] = backend.stepped(chunk, 1.0 / len(updates), deltas, weights)
 
 
 def _averaged(data: list[Vector], seconds: list[float]) -> float:
