@@ -35,6 +35,8 @@ MAX_CHUNK_BYTES = 4 << 20
 """Largest frame on the data channel; chunks are at most 2 MiB."""
 MAX_TOPIC_BYTES = 4096
 """Largest frame that comes in where models go out: a subscription."""
+IO_THREADS = 2
+"""ZeroMQ's in a parameter server's process: one copies in while another copies out."""
 CHUNKS_RECEIVED = 1
 """Chunks of each worker that wait at the parameter server to be looked at: they are what its memory grows by."""
 CHUNKS_SENT = 64

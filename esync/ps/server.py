@@ -884,7 +884,7 @@ class ParameterServer:
         messages.check_worker_id(self.name)
         self.thread: TensorThread | None = None
         self._backend = backend_for(self.config.device)
-        self._context = context or zmq.Context.instance()
+        self._context = context or zmq.Context.instance(transport.IO_THREADS)
         self._run_dir = Path(run_dir) if run_dir else None
         role = f"ps{shard}" if shard else "ps"
         self._journal = Journal(self._run_dir / f"{role}.jsonl" if self._run_dir else None, role)
