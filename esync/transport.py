@@ -13,6 +13,7 @@ import ipaddress
 import os
 import re
 import socket as _socket
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -32,7 +33,7 @@ STATE, NAME, RANK, KEYS = "ESYNC_STATE", "ESYNC_NAME", "ESYNC_RANK", "ESYNC_KEYS
 MAX_CONTROL_BYTES = 4 << 20
 """Largest frame on the control channel."""
 MAX_CHUNK_BYTES = 4 << 20
-"""Largest frame on the data channel; chunks are at most 2 MiB."""
+"""Largest frame on the data channel, unless chunks are larger than 2 MiB: see `max_chunk_bytes`."""
 MAX_TOPIC_BYTES = 4096
 """Largest frame that comes in where models go out: a subscription."""
 IO_THREADS = 2
@@ -52,6 +53,13 @@ CONNECT_MS = 3000
 HAVE_BYTES, HAVE_CHUNKS = WINDOW_BYTES // 8, WINDOW_CHUNKS // 8
 """A worker says what has arrived at least so often."""
 LINGER_MS = 2000
+REBIND_S = 5.0
+"""So long an address that was let go of is tried again."""
+
+
+def max_chunk_bytes(chunk_mib: int) -> int:
+    """Largest frame on the data channel where chunks have so many MiB: what is encoded or sealed may be longer."""
+    return max(MAX_CHUNK_BYTES, 2 * chunk_mib << 20)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
@@ -143,6 +151,33 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, *, insecure: bool = False) ->
             ) from error
         raise TransportError(f"cannot bind {endpoint}: {zmq.strerror(error.errno or 0)}") from error
     return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+
+def take_frames_of(socket: zmq.Socket[bytes], endpoint: str, max_bytes: int) -> None:
+    """Have a socket that is bound to `endpoint` take frames of so many bytes.
+
+    libzmq keeps to the limit that there was when an endpoint was bound, so it is bound anew. Who was connected is cut
+    off, and connects again by itself.
+
+    Raises:
+        TransportError: somebody else has taken the address meanwhile.
+    """
+    if socket.getsockopt(zmq.MAXMSGSIZE) == max_bytes:
+        return
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+    if endpoint.startswith("inproc://"):
+        return  # nothing is in frames there
+    socket.unbind(endpoint)
+    until = time.monotonic() + REBIND_S
+    while True:
+        try:
+            socket.bind(endpoint)
+            return
+        except zmq.ZMQError as error:  # libzmq lets go of it in a thread of its own, soon
+            if time.monotonic() > until:
+                why = zmq.strerror(error.errno or 0)
+                raise TransportError(f"cannot bind {endpoint} again: {why}") from error
+            time.sleep(0.001)
 
 
 def advertised(bound: str, seen_from: str) -> str:
@@ -280,9 +315,10 @@ def sub(
     endpoint: str,
     topic: bytes,
     keys: ClientKeys | Token | None = None,
+    max_bytes: int = MAX_CHUNK_BYTES,
 ) -> zmq.Socket[bytes]:
-    """Where a worker's models arrive."""
-    socket = _socket_of(context, zmq.SUB, MAX_CHUNK_BYTES, keys)
+    """Where a worker's models arrive, in frames of at most so many bytes."""
+    socket = _socket_of(context, zmq.SUB, max_bytes, keys)
     socket.setsockopt(zmq.RCVHWM, 10_000)
     socket.setsockopt(zmq.SUBSCRIBE, topic)
     return _connect(socket, endpoint)
