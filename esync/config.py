@@ -22,6 +22,7 @@ from esync.compression import COMPRESSIONS, Encoding
 from esync.errors import ConfigError, unknown
 from esync.limits import MAX_PEERS, RATE
 from esync.messages import MessageError, check_worker_id
+from esync.tensors import CHUNK_MIB
 from esync.transport import DEFAULT_STATE
 
 C = TypeVar("C")
@@ -143,6 +144,13 @@ class RunConfig:
     shared_memory: bool = _option(
         True,
         "Exchange with workers on the parameter server's own machine through shared memory.",
+    )
+    chunk_mib: int = _option(
+        CHUNK_MIB,
+        "MiB of a chunk, in which models and updates travel and are averaged: 32 where all is on one GPU "
+        "(docs/gpu.md); over sockets more costs memory.",
+        low=1,
+        high=64,
     )
     dcasgd: bool = _option(False, "Mode async: compensate the delay (DC-ASGD; needs sgd).")
     dc_lambda: float = _option(0.04, "DC-ASGD's lambda.", low=0)

@@ -100,6 +100,7 @@ class Region:
                 os.close(fd)
             raise SharedMemoryError(f"no shared memory: {error}") from error
         memory[:TOKEN_BYTES] = secrets.token_bytes(TOKEN_BYTES)
+        memory[TOKEN_BYTES] = layout.chunk_mib
         region = cls(layout, slots, memory, fd)
         weakref.finalize(region, os.close, fd)
         region.stamps[:] = WRITING
@@ -140,6 +141,10 @@ class Region:
             raise SharedMemoryError(f"cannot open {path}: {error.strerror}") from error
         if memory[:TOKEN_BYTES].hex() != offer.token:
             raise SharedMemoryError(f"{path} begins with another token")
+        if memory[TOKEN_BYTES] != layout.chunk_mib:
+            raise SharedMemoryError(
+                f"{path} has chunks of {memory[TOKEN_BYTES]} MiB, not {layout.chunk_mib}"
+            )
         return cls(layout, slots, memory)
 
     def on(self, device: Any) -> Region:

@@ -23,8 +23,10 @@ from esync.errors import ModelError
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
 Parts = Sequence[Vector]
 """A vector in pieces, as it arrives; one piece is one too."""
-CHUNK_ELEMENTS = 1 << 19
-"""Elements in a chunk: 2 MiB of float32."""
+CHUNK_MIB = 2
+"""MiB of float32 in a chunk where the run says nothing else."""
+CHUNK_ELEMENTS = CHUNK_MIB << 18
+"""Elements in such a chunk."""
 MAX_ELEMENTS = 1 << 40
 MAX_LEAVES, MAX_AXES, MAX_PATH, MAX_DTYPE = 50_000, 64, 1024, 40
 """Of a layout that comes in a message: leaves, axes of one, and characters of its path and of its dtype."""
@@ -67,10 +69,12 @@ class Layout:
     Attributes:
         shards: the vector is cut into so many stretches of nearly equal length, one for each parameter server; a chunk
             never spans two of them.
+        chunk_mib: MiB of float32 in a chunk, at most. Not part of the digest: all roles have it from the run.
     """
 
     leaves: tuple[Leaf, ...]
     shards: int = 1
+    chunk_mib: int = CHUNK_MIB
 
     @cached_property
     def deltas(self) -> int:
@@ -97,13 +101,14 @@ class Layout:
     def chunks(self) -> tuple[Chunk, ...]:
         """The chunks, in order; every element is in exactly one."""
         rows = []
+        most = CHUNK_ELEMENTS * self.chunk_mib // CHUNK_MIB
         for begin, end in self._stretches():
             for start, stop, kind in (
                 (begin, min(end, self.deltas), DELTA),
                 (max(begin, self.deltas), end, VALUE),
             ):
-                for at in range(start, stop, CHUNK_ELEMENTS):
-                    rows.append(Chunk(at, min(at + CHUNK_ELEMENTS, stop), kind))
+                for at in range(start, stop, most):
+                    rows.append(Chunk(at, min(at + most, stop), kind))
         return tuple(rows)
 
     def _stretches(self) -> list[tuple[int, int]]:
@@ -111,15 +116,17 @@ class Layout:
         cuts = [self.size * k // self.shards for k in range(self.shards + 1)]
         return list(itertools.pairwise(cuts))
 
-    def cut(self, shards: int) -> Layout:
-        """The same leaves, for so many parameter servers.
+    def cut(self, shards: int, chunk_mib: int = CHUNK_MIB) -> Layout:
+        """The same leaves, for so many parameter servers and in chunks of so many MiB.
 
         Raises:
-            ModelError: there are not as many elements, or no server.
+            ModelError: there are not as many elements, no server, or nothing in a chunk.
         """
         if not 0 < shards <= self.size:
             raise ModelError(f"{self.size} elements cannot be shared by {shards} parameter servers")
-        return replace(self, shards=shards)
+        if chunk_mib < 1:
+            raise ModelError(f"a chunk has 1 MiB at least, not {chunk_mib}")
+        return replace(self, shards=shards, chunk_mib=chunk_mib)
 
     def of_shard(self, shard: int) -> range:
         """Which of the chunks are in a shard."""
@@ -145,7 +152,7 @@ class Layout:
                     Leaf(leaf.kind, f"{leaf.path}[{start}:{stop}]", (stop - start,), leaf.dtype)
                 )
             at += leaf.size
-        return Layout(tuple(rows))
+        return Layout(tuple(rows), chunk_mib=self.chunk_mib)
 
     def to_wire(self) -> dict[str, Any]:
         """As plain lists and strings, for a message."""

@@ -47,22 +47,23 @@ def layouts():
     return st.lists(leaf, min_size=1, max_size=5).map(build).filter(lambda layout: layout.size)
 
 
-@given(layouts(), st.integers(1, 7), st.integers(1, 50))
-def test_shards_are_stretches_of_the_vector_and_layouts_of_their_own(layout, shards, chunk):
+@given(layouts(), st.integers(1, 7), st.integers(2, 50), st.integers(1, 5))
+def test_shards_are_stretches_of_the_vector_and_layouts_of_their_own(layout, shards, chunk, mib):
     before, tensors.CHUNK_ELEMENTS = tensors.CHUNK_ELEMENTS, chunk
     try:
         if shards > layout.size:
             with pytest.raises(ModelError, match="cannot be shared"):
-                layout.cut(shards)
+                layout.cut(shards, mib)
             return
-        whole = Layout(layout.leaves).cut(shards)
+        whole = Layout(layout.leaves).cut(shards, mib)
+        assert all(0 < at.size <= chunk * mib // 2 for at in whole.chunks)
         at, chunks = 0, []
         for k in range(shards):
             part, mine = whole.shard(k), [whole.chunks[i] for i in whole.of_shard(k)]
             assert [(c.start + at, c.stop + at, c.kind) for c in part.chunks] == [
                 (c.start, c.stop, c.kind) for c in mine
             ]
-            assert Layout.from_wire(part.to_wire()) == part, "it can travel"
+            assert Layout.from_wire(part.to_wire()).cut(1, mib) == part, "it can travel"
             at += part.size
             chunks += mine
             assert abs(part.size - whole.size / shards) < 1

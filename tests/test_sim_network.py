@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from esync.config import NetworkConfig, WorkerConfig
 from esync.sim.events import Events
 from esync.sim.network import Line, Network, SharedLine
+from tests.virtual import untrained
 
 MBIT = 1e6 / 8
 """Bytes a second."""
@@ -136,3 +137,16 @@ def test_the_latency_of_the_network_and_of_the_worker_come_on_top():
 def test_a_pretended_size_takes_the_place_of_the_real_one():
     assert network(model_mb=42.6)(Events()).tensor_bytes == 42_600_000
     assert network()(Events()).tensor_bytes == 0
+
+
+def test_chunks_of_any_size_take_as_long():
+    """An update is one transfer, whatever the chunks in which it is averaged."""
+    file = {"workers": [{"step_time_s": 1.0, "bandwidth_mbit": 8.0}], "network": {"model_mb": 1.0}}
+    ends = []
+    for mib in (1, 2, 64):
+        cluster, rounds = untrained(file, mode="sync", rounds=3, chunk_mib=mib)
+        cluster.run()
+        assert cluster.layout.chunk_mib == mib
+        ends.append([row.at for row in rounds])
+    assert len(ends[0]) == 3
+    assert ends[0] == ends[1] == ends[2]

@@ -53,6 +53,22 @@ def test_a_chunk_of_real_size_is_two_mebibytes():
     assert layout.chunks[-1].stop == 1_000_000
 
 
+@pytest.mark.parametrize("mib", [1, 2, 3, 8, 64])
+def test_a_chunk_has_as_many_mebibytes_as_the_run_says(mib):
+    leaves = (Leaf(DELTA, "w", (40 << 18,), "float32"), Leaf(VALUE, "s", (5 << 18,), "float32"))
+    layout = Layout(leaves).cut(1, mib)
+    assert sum(chunk.size for chunk in layout.chunks) == layout.size
+    assert [chunk.start for chunk in layout.chunks[1:]] == [x.stop for x in layout.chunks[:-1]]
+    assert max(chunk.size for chunk in layout.chunks) == min(mib, 40) << 18
+    assert len(layout.chunks) == -(-40 // mib) + -(-5 // mib)
+    assert layout.digest == Layout(leaves).digest
+
+
+def test_a_chunk_of_nothing_is_refused():
+    with pytest.raises(ModelError, match="1 MiB at least, not 0"):
+        TWO.cut(1, 0)
+
+
 def test_deltas_come_first_and_otherwise_the_order_is_kept():
     layout = layout_of(
         [(VALUE, "a", np.ones(1)), (DELTA, "b", np.ones(2)), (VALUE, "c", 1.5), (DELTA, "d", 2.5)]

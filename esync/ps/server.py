@@ -261,7 +261,7 @@ class TensorThread(threading.Thread):
         self._epoch = message.epoch
         self._turns.first = frozenset(x for x in message.first if isinstance(x, str))
         if message.layout is not None:
-            whole = Layout.from_wire(message.layout).cut(self._config.ps)
+            whole = Layout.from_wire(message.layout).cut(self._config.ps, self._config.chunk_mib)
             if self._untrained():
                 self._set_layout(whole)
             elif self.whole is not None and whole.digest != self.whole.digest:
@@ -908,7 +908,7 @@ class ParameterServer:
                 where = self.config.metrics_bind, self.config.metrics_port
                 self.page = MetricsPage(*where, self._metrics, self._health)
             insecure = self.config.insecure or keys is not None  # what goes through them is sealed
-            push = transport.bind(
+            self._bound = push = transport.bind(
                 self._pull, self._endpoint("push", self.config.push_port), insecure=insecure
             )
             model = transport.bind(
@@ -1028,6 +1028,8 @@ class ParameterServer:
             if not 0 <= message.rank < config.ps:
                 raise ConfigError(f"there is no shard {message.rank} of {config.ps}")
             checkpoints, snapshot = self._checkpoints(message.rank)
+            most = transport.max_chunk_bytes(config.chunk_mib)
+            transport.take_frames_of(self._pull, self._bound, most)
         except (ConfigError, EsyncError) as error:
             self._fail(error)
             return

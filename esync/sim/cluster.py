@@ -59,7 +59,8 @@ class Cluster:
         policy: Policy | None = None,
         watch: Callable[[str, Message], None] = lambda sender, message: None,
     ) -> None:
-        self.config, self.layout, self.events = config, layout, events
+        self.config, self.events = config, events
+        self.layout = layout.cut(1, config.chunk_mib)
         self.split_digest = split_digest
         self.devices: dict[str, Device] = {}
         self._network, self._watch = network, watch

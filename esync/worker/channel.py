@@ -140,7 +140,8 @@ class Channel:
         self._push = transport.push(self._context, address.push, address.keys)
         # By another connection, which no update is ahead of.
         self._word = transport.push(self._context, address.push, address.keys)
-        self.sub = transport.sub(self._context, address.model, self._topic, address.keys)
+        most = transport.max_chunk_bytes(self.assembly.layout.chunk_mib)
+        self.sub = transport.sub(self._context, address.model, self._topic, address.keys, most)
         self._poller.register(self.sub, zmq.POLLIN)
 
     def connect(self, address: Address, envelope: Envelope) -> None:

@@ -230,7 +230,8 @@ class Worker:
             self._packer.merge([initial], params, stats, self._packer.snapshot(params, stats))
         if not np.isfinite(initial).all():
             raise ModelError("the initial model holds NaN or infinity")
-        layout, encoding = self._packer.layout.cut(self.config.ps), self.config.encoding
+        layout = self._packer.layout.cut(self.config.ps, self.config.chunk_mib)
+        encoding = self.config.encoding
         model = Shards(layout, encoding)
         with self._changed:
             self._shared.model = model

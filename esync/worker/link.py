@@ -277,6 +277,12 @@ class Link(threading.Thread):
 
     def _on_welcome(self, message: Welcome) -> None:
         shared = self.shared
+        if shared.model is not None:
+            mine, theirs = shared.model.layout.chunk_mib, message.config.get("chunk_mib")
+            if theirs not in (mine, None):
+                text = f"the state server came back with chunk_mib = {theirs!r:.40}, it was {mine}"
+                self._fail(EsyncError(f"{text}; start it as it was, or this worker again"))
+                return
         doors = [self._door(raw, message) for raw in message.endpoints]
         with shared.changed:
             shared.welcome = message

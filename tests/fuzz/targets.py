@@ -544,9 +544,13 @@ def ps_control(data: bytes) -> None:
     to the tensor thread does not end that, but for another model."""
     reader = Reader(data)
     clock = Clock()
-    sockets = {name: lambda *options: Socket() for name in ("pull", "xpub", "dealer")}
+    sockets: dict[str, Any] = {
+        **{name: lambda *options: Socket() for name in ("pull", "xpub", "dealer")},
+        "bind": lambda socket, endpoint, insecure: endpoint,
+        "take_frames_of": lambda socket, endpoint, max_bytes: None,
+    }
     with (
-        replaced(clock, ps_server, bind=lambda socket, endpoint, insecure: endpoint, **sockets),
+        replaced(clock, ps_server, **sockets),
         _with(ps_server, "TensorThread", _Unstarted),
     ):
         server = ParameterServer(
@@ -773,7 +777,7 @@ def layout(data: bytes) -> None:
     raw = msgpack.unpackb(frame, strict_map_key=False) if frame else {}
     try:
         made = Layout.from_wire(raw)
-        cut = made.cut(1 + reader.byte() % 4)
+        cut = made.cut(1 + reader.byte() % 4, 1 + reader.byte() % 64)
     except ModelError as error:
         assert len(str(error)) < 1000
         return
