@@ -58,6 +58,8 @@ class Cluster:
         curve: encrypt tensors by CURVE instead of sealing them.
         metrics: the ports of the state server's and of each parameter server's metrics.
         device: where the parameter servers average.
+        resume: go on with the run in `directory`.
+        say: told what the parameter servers have to say.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class Cluster:
         curve: bool = False,
         metrics: Sequence[int] = (),
         device: str = "cpu",
+        resume: bool = False,
+        say: Callable[[str], None] = lambda text: None,
     ):
         self.context: zmq.Context[Any] = zmq.Context()
         number = next(_numbers)
@@ -95,6 +99,7 @@ class Cluster:
             run_dir=run_dir,
             keys=server_keys,
             metrics_port=metrics[0] if metrics else 0,
+            resume=resume,
         )
         ports = metrics[1:] or [0] * config.ps
         self.endpoint = self.state.endpoint
@@ -112,6 +117,8 @@ class Cluster:
                 run_dir=run_dir,
                 name=name,
                 shard=shard,
+                resume=resume,
+                say=say,
             )
             for shard, name in enumerate(ps_names(config.ps))
         ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from esync import tensors
 from esync.config import RunConfig
@@ -14,7 +17,7 @@ from esync.messages import INITIAL
 from esync.ps import checkpoint
 from esync.ps.aggregation import AGGREGATIONS, Contribution
 from esync.ps.backend import NumpyBackend
-from esync.ps.checkpoint import Checkpoints, Snapshot, Writer
+from esync.ps.checkpoint import ABOUT, Checkpoints, Snapshot, Writer, _checksum, cut_anew
 from esync.tensors import DELTA, VALUE, Layout, Leaf
 
 
@@ -85,6 +88,75 @@ def test_a_server_that_goes_on_from_a_checkpoint_makes_what_it_would_have_made(
     np.testing.assert_array_equal(
         np.concatenate(after.averaged()), np.concatenate(whole.averaged())
     )
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3), (3, 2), (1, 64)])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_server_goes_on_in_other_chunks(layout, tmp_path, options, before, after):
+    config = RunConfig(**options)
+    whole, first = (made("mean", layout.cut(1, mib), config) for mib in (after, before))
+    rounds(first, 0, 4)
+    rounds(whole, 0, 4)
+    Checkpoints(tmp_path, 3).write(snapshot_of(first))
+    found = cut_anew(Checkpoints(tmp_path, 3).latest(pytest.fail), after)
+    assert found.whole == layout.cut(1, after)
+    for name, chunks in first.snapshot().items():
+        sizes = [at.size for at in found.whole.chunks]
+        again = found.arrays[name]
+        assert [
+            size if x is None else x.size for x, size in zip(again, sizes, strict=True)
+        ] == sizes
+        np.testing.assert_array_equal(flat(again), flat(chunks))
+    second = AGGREGATIONS["mean"](found.whole, NumpyBackend(), config)
+    second.set_members({"a": 0, "b": 1})
+    second.restore(found.version, found.arrays)
+    rounds(second, 4, 9)
+    assert second.version == 9
+    if "compression" not in options:  # which depends on the chunk
+        rounds(whole, 4, 9)
+        np.testing.assert_array_equal(flat(second.chunks), flat(whole.chunks))
+        np.testing.assert_array_equal(flat(second.averaged()), flat(whole.averaged()))
+
+
+def flat(chunks):
+    return np.concatenate([x for x in chunks if x is not None] or [np.zeros(0, np.float32)])
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_shard_goes_on_in_other_chunks(layout, shard):
+    whole = layout.cut(2, 2)
+    mine = [whole.chunks[i] for i in whole.of_shard(shard)]
+    arrays = {"model": [vector(1)[at.start : at.stop] for at in mine]}
+    found = cut_anew(Snapshot(3, whole, shard, arrays, [], {}), 1)
+    sizes = [at.size for at in layout.cut(2, 1).shard(shard).chunks]
+    assert [x.size for x in found.arrays["model"]] == sizes
+    np.testing.assert_array_equal(flat(found.arrays["model"]), flat(arrays["model"]))
+
+
+def test_what_is_there_of_a_part_of_a_chunk_only_is_not_cut_anew(layout):
+    server = made("mean", layout, RunConfig(outer="adam"))
+    rounds(server, 0, 1)
+    snapshot = snapshot_of(server)
+    snapshot.arrays["outer.v"][1] = None  # its first step overflowed, say
+    assert cut_anew(snapshot, 2) is snapshot
+    there = [x is not None for x in cut_anew(snapshot, 1).arrays["outer.v"]]
+    assert there == [True, True, False, False, True, *[False] * 3]  # deltas, and values
+    with pytest.raises(
+        ModelError, match=r"has outer.v of some of its chunks only .* chunk_mib = 2"
+    ):
+        cut_anew(snapshot, 3)
+
+
+def test_a_checkpoint_that_does_not_say_its_chunks_has_those_of_2_mib(layout, tmp_path):
+    path = Checkpoints(tmp_path, 3).write(snapshot_of(made("mean", layout, RunConfig())))
+    with safe_open(path, framework="np") as file:
+        about = json.loads(file.metadata()[ABOUT])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert about.pop("chunk_mib") == 2
+    path.unlink()
+    save_file(arrays, path, metadata={ABOUT: json.dumps(about)})
+    path.rename(path.with_name(f"shard0-version0000000000-{_checksum(path)}.safetensors"))
+    assert Checkpoints(tmp_path, 3).latest(pytest.fail).whole == layout
 
 
 @pytest.mark.parametrize("kind", ["immediate", "fedasync"])
@@ -162,6 +234,9 @@ def test_what_is_not_of_this_model_is_refused(layout, arrays):
     with pytest.raises(ModelError, match="not of this model"):
         server.restore(3, arrays)
     assert server.version == -1
+    other = AGGREGATIONS["mean"](layout.cut(1, 1), NumpyBackend(), RunConfig())
+    with pytest.raises(ModelError, match="not of this model"):
+        other.restore(3, cut_anew(Snapshot(3, layout, 0, arrays, [], {}), 1).arrays)
 
 
 def test_another_outer_optimiser_s_state_is_refused(layout):

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import zmq
+from safetensors.numpy import load_file
 
 from esync import keys as key_files
 from esync import shared_memory, tensors, transport
@@ -193,6 +194,30 @@ def _until(condition):
 
 
 # Other lives
+
+
+def test_a_run_goes_on_from_a_checkpoint_in_other_chunks(tmp_path):
+    """In 2, then 1, then 8 MiB: the same as in one go. (With two workers the first to come would begin.)"""
+    size, said = 3 * MIB + 5, []
+    options = {"mode": "sync", "workers": 1, "outer": "momentum", "shared_memory": False}
+
+    def run(rounds, mib, resume):
+        config = RunConfig(rounds=rounds, chunk_mib=mib, **options)
+        where = tmp_path / ("once" if rounds == 6 and not resume else "pieces")
+        where.mkdir(exist_ok=True)
+        with Cluster(config, "tcp", where, resume=resume, say=said.append) as cluster:
+            cluster.train("w0", learner(size, 1)).result()
+            assert cluster.finish()["rounds"] == rounds
+            assert cluster.ps.thread.layout.chunk_mib == mib
+        return load_file(where / "run" / "model.safetensors")
+
+    once = run(6, 2, resume=False)
+    for rounds, mib in ((2, 2), (4, 1), (6, 8)):
+        pieces = run(rounds, mib, resume=rounds > 2)
+    versions = [text.split()[4] for text in said if "going on from version" in text]
+    assert versions == ["2,", "4,"]
+    for name in once:
+        np.testing.assert_array_equal(once[name], pieces[name])
 
 
 OWN_LOOP = """

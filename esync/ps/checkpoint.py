@@ -9,13 +9,14 @@ with its checksum; it is written under another name and renamed, so it is there 
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import logging
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from safetensors.numpy import save_file
 
 from esync.errors import EsyncError, ModelError
 from esync.ps.backend import Array, Backend
-from esync.tensors import Layout, Leaf, Pieces
+from esync.tensors import CHUNK_MIB, Layout, Leaf, Pieces, Vector
 
 log = logging.getLogger("esync.ps")
 MODEL = "model.safetensors"
@@ -158,7 +159,7 @@ class Snapshot:
     version: int
     whole: Layout
     shard: int
-    arrays: dict[str, list[np.ndarray[Any, Any] | None]]
+    arrays: dict[str, list[Vector | None]]
     members: list[str]
     config: dict[str, Any]
 
@@ -199,6 +200,7 @@ class Checkpoints:
             "version": snapshot.version,
             "shard": snapshot.shard,
             "shards": snapshot.whole.shards,
+            "chunk_mib": snapshot.whole.chunk_mib,
             "counts": {name: len(chunks) for name, chunks in snapshot.arrays.items()},
             "members": snapshot.members,
             "config": snapshot.config,
@@ -239,14 +241,17 @@ def _read(path: Path) -> Snapshot:
         about = json.loads(file.metadata()[ABOUT])
         if about["format"] != FORMAT:
             raise EsyncError(f"it has format {about['format']}, this esync reads {FORMAT}")
-        for name in ("version", "shard", "shards"):
+        about.setdefault("chunk_mib", CHUNK_MIB)
+        for name in ("version", "shard", "shards", "chunk_mib"):
             if type(about[name]) is not int or about[name] < 0:
                 raise TypeError(f"its {name} is {about[name]!r:.40}")
-        whole = Layout.from_wire(about).cut(about["shards"])
+        whole = Layout.from_wire(about).cut(about["shards"], about["chunk_mib"])
+        if about["shard"] >= whole.shards > 1:
+            raise ValueError(f"it is of shard {about['shard']} of {whole.shards}")
         counts = dict(about["counts"])
         if not all(type(n) is int and n <= len(whole.chunks) for n in counts.values()):
             raise ValueError("it has more chunks than its model")
-        arrays: dict[str, list[np.ndarray[Any, Any] | None]] = {
+        arrays: dict[str, list[Vector | None]] = {
             name: [None] * count for name, count in counts.items()
         }
         for name in file.keys():  # noqa: SIM118
@@ -257,6 +262,39 @@ def _read(path: Path) -> Snapshot:
     return Snapshot(
         about["version"], whole, about["shard"], arrays, about["members"], about["config"]
     )
+
+
+def cut_anew(snapshot: Snapshot, chunk_mib: int) -> Snapshot:
+    """The snapshot with its arrays in chunks of so many MiB.
+
+    Raises:
+        ModelError: they are not what its layout says, or an array has a part of such a chunk and not all of it.
+    """
+    before = snapshot.whole
+    if chunk_mib == before.chunk_mib:
+        return snapshot
+    whole = before.cut(before.shards, chunk_mib)
+    old, new = before.shard(snapshot.shard), whole.shard(snapshot.shard)
+    starts = [at.start for at in old.chunks]
+    arrays: dict[str, list[Vector | None]] = {}
+    for name, chunks in snapshot.arrays.items():
+        fits = len(chunks) == len(starts) and all(
+            x is None or x.size == at.size for x, at in zip(chunks, old.chunks, strict=True)
+        )
+        if not fits:
+            raise ModelError(f"the {name} that was saved is not of this model")
+        arrays[name] = made = []
+        for at in new.chunks:
+            first = bisect.bisect_right(starts, at.start) - 1
+            parts = chunks[first : bisect.bisect_left(starts, at.stop)]
+            there = [x for x in parts if x is not None]
+            if 0 < len(there) < len(parts):
+                raise ModelError(
+                    f"the checkpoint has {name} of some of its chunks only and cannot be cut into others: go on with "
+                    f"chunk_mib = {before.chunk_mib}"
+                )
+            made.append(Pieces(there).whole(at.start - starts[first], at.size) if there else None)
+    return replace(snapshot, whole=whole, arrays=arrays)
 
 
 def _checksum(path: Path) -> str:

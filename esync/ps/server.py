@@ -83,6 +83,7 @@ from esync.ps.checkpoint import (
     Checkpoints,
     Snapshot,
     Writer,
+    cut_anew,
     model_name,
     save_model,
 )
@@ -1027,7 +1028,7 @@ class ParameterServer:
             config = build(RunConfig, message.config, "run")
             if not 0 <= message.rank < config.ps:
                 raise ConfigError(f"there is no shard {message.rank} of {config.ps}")
-            checkpoints, snapshot = self._checkpoints(message.rank)
+            checkpoints, snapshot = self._checkpoints(message.rank, config.chunk_mib)
             most = transport.max_chunk_bytes(config.chunk_mib)
             transport.take_frames_of(self._pull, self._bound, most)
         except (ConfigError, EsyncError) as error:
@@ -1067,11 +1068,14 @@ class ParameterServer:
         self.thread.inbox.put(Welcomed(envelope))
         self._say("the state server is back")
 
-    def _checkpoints(self, shard: int) -> tuple[Checkpoints | None, Snapshot | None]:
+    def _checkpoints(
+        self, shard: int, chunk_mib: int
+    ) -> tuple[Checkpoints | None, Snapshot | None]:
         """Where checkpoints go, and the one to go on from.
 
         Raises:
             ConfigError: there are some, and nobody said what to do with them.
+            ModelError: it is in other chunks, and cannot be cut anew.
         """
         if self._run_dir is None:
             return None, None
@@ -1087,6 +1091,7 @@ class ParameterServer:
         if snapshot is None:
             self._say(f"no checkpoint in {directory}: the run begins with a new model")
         else:
+            snapshot = cut_anew(snapshot, chunk_mib)
             self._say(f"going on from version {snapshot.version}, in {directory}")
         return checkpoints, snapshot
 

@@ -867,6 +867,10 @@ def checkpoint(data: bytes) -> None:
     if snapshot is None:
         assert said
         return
+    try:
+        snapshot = checkpoints.cut_anew(snapshot, reader.pick((2, 1, 64)))
+    except ModelError:
+        return
     _go_on(snapshot)
 
 
@@ -883,7 +887,7 @@ def _about(reader: Reader) -> bytes:
         **LAYOUT.to_wire(),
     }
     for _ in range(reader.byte() % 3):
-        key = reader.pick((*about, "counts", "shards", "shard"))
+        key = reader.pick((*about, "counts", "shards", "shard", "chunk_mib"))
         about[key] = reader.value() if reader.chance(0.5) else {"model": reader.number()}
     value: Any = about if reader.chance(0.9) else reader.value()
     try:
