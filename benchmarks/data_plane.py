@@ -264,7 +264,8 @@ def esync(lane: str, workers: int, mb: float, rounds: int, **run: Any) -> Row:
 
 
 def _say(option: str, value: Any) -> str:
-    return f"{value} servers" if option == "ps" else str(value)
+    words = {"ps": "{} servers", "chunk_mib": "chunks of {} MiB"}
+    return words.get(option, "{}").format(value)
 
 
 LEAVES = 100
@@ -596,6 +597,13 @@ def show_steps(rows: list[dict[str, Any]]) -> None:
 @click.option(
     "--ps", type=click.IntRange(2), multiple=True, help="Also over tcp with so many servers."
 )
+@click.option(
+    "--chunk-mib",
+    "chunks_mib",
+    type=click.IntRange(1, 64),
+    multiple=True,
+    help="Also over each lane in chunks of so many MiB.",
+)
 @click.option("--only-esync", is_flag=True, help="Leave out gloo and the floors.")
 @click.option(
     "--step", is_flag=True, help="Only what worker.step takes when there is nothing to do."
@@ -610,6 +618,7 @@ def main(
     lanes: tuple[str, ...],
     compression: tuple[str, ...],
     ps: tuple[int, ...],
+    chunks_mib: tuple[int, ...],
     only_esync: bool,
     step: bool,
     repeat: int,
@@ -648,6 +657,12 @@ def main(
             plan: list[Callable[[], Row]] = []
             for lane in lanes or (LANES[:-1] if no_gpu else LANES):
                 plan.append(lambda lane=lane, n=workers, mb=mb: esync(lane, n, mb, rounds))  # type: ignore[misc]
+                for mib in chunks_mib:
+                    plan.append(
+                        lambda lane=lane, n=workers, mb=mb, mib=mib: esync(  # type: ignore[misc]
+                            lane, n, mb, rounds, chunk_mib=mib
+                        )
+                    )
             for name in compression:
                 plan.append(
                     lambda name=name, n=workers, mb=mb: esync(  # type: ignore[misc]
