@@ -43,7 +43,8 @@ CHUNKS_RECEIVED = 1
 CHUNKS_SENT = 64
 """Chunks of an update that wait at the worker to be sent: they are part of the update, and take no memory."""
 WINDOW_BYTES, WINDOW_CHUNKS = 32 << 20, 64
-"""Of models on the way to one worker at a time, at most: what a link of 10 Gbit/s carries in 25 ms."""
+"""Of models on the way to one worker at a time, at most: what a link of 10 Gbit/s carries in 25 ms. Or one chunk, where
+that is more."""
 SUBSCRIBER_HWM = 2 * WINDOW_CHUNKS
 """Messages for one subscriber: a window, and what is said to it besides."""
 GIVEN_UP_MS = 15_000
