@@ -191,6 +191,15 @@ def test_a_run_through_device_memory_makes_the_model_that_one_over_sockets_does(
         np.testing.assert_array_equal(a, b)
 
 
+def test_larger_chunks_make_the_same_model(machine, chunks):
+    usual, used, thread = run_of(mode="sync")
+    larger, used_too, one = run_of(mode="sync", chunk_mib=8)
+    assert used == used_too == DEVICE
+    assert len(one.layout.chunks) < len(thread.layout.chunks)
+    for a, b in zip(usual, larger, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("options", [{"mode": "esync"}, {"mode": "async"}, {"mode": "fedasync"}])
 def test_other_modes_learn_through_it_too(machine, chunks, options):
     finals, used, thread = run_of(**options)
