@@ -32,19 +32,21 @@ STATE, NAME, RANK, KEYS = "ESYNC_STATE", "ESYNC_NAME", "ESYNC_RANK", "ESYNC_KEYS
 """Environment variables by which esync-run tells a program what `esync.Worker()` is to join, and as what."""
 MAX_CONTROL_BYTES = 4 << 20
 """Largest frame on the control channel."""
-MAX_CHUNK_BYTES = 4 << 20
+SEAL_BYTES = 4096
+"""By how much a frame may be longer because it is sealed, and to spare."""
+MAX_CHUNK_BYTES = (4 << 20) + SEAL_BYTES
 """Largest frame on the data channel, unless chunks are larger than 2 MiB: see `max_chunk_bytes`."""
 MAX_TOPIC_BYTES = 4096
 """Largest frame that comes in where models go out: a subscription."""
 IO_THREADS = 2
-"""ZeroMQ's in a parameter server's process: one copies in while another copies out."""
+"""ZeroMQ's in a parameter server's process: one may copy in while the other copies out."""
 CHUNKS_RECEIVED = 1
 """Chunks of each worker that wait at the parameter server to be looked at: they are what its memory grows by."""
 CHUNKS_SENT = 64
 """Chunks of an update that wait at the worker to be sent: they are part of the update, and take no memory."""
 WINDOW_BYTES, WINDOW_CHUNKS = 32 << 20, 64
-"""Of models on the way to one worker at a time, at most: what a link of 10 Gbit/s carries in 25 ms. Or one chunk, where
-that is more."""
+"""Of models on the way to one worker at a time: what a link of 10 Gbit/s carries in 25 ms. Where less is on its way,
+another chunk may go."""
 SUBSCRIBER_HWM = 2 * WINDOW_CHUNKS
 """Messages for one subscriber: a window, and what is said to it besides."""
 GIVEN_UP_MS = 15_000
@@ -59,8 +61,9 @@ REBIND_S = 5.0
 
 
 def max_chunk_bytes(chunk_mib: int) -> int:
-    """Largest frame on the data channel where chunks have so many MiB: what is encoded or sealed may be longer."""
-    return max(MAX_CHUNK_BYTES, 2 * chunk_mib << 20)
+    """Largest frame on the data channel where chunks have so many MiB: what is encoded may be twice as long (topk of
+    all elements), and is sealed then."""
+    return max(MAX_CHUNK_BYTES, (2 * chunk_mib << 20) + SEAL_BYTES)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

@@ -317,8 +317,10 @@ def stand_in(gpu=None, seed=0):
             return out
 
     class ElementwiseKernel:
-        def __init__(self, in_params, out_params, operation, name="kernel"):
+        def __init__(self, in_params, out_params, operation, name="kernel", options=()):
             assert name.startswith("esync_")
+            # What is computed here is rounded after every operation.
+            assert options == (() if out_params.startswith("raw ") else ("-fmad=false",))
             self.names = [each.split()[-1] for each in in_params.split(", ")]
             assert all(each.split()[:-1] == ["float32"] for each in in_params.split(", "))
             self.raw = out_params.startswith("raw ")

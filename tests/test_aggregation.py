@@ -863,9 +863,9 @@ def test_what_lies_in_its_senders_memory_is_added_up_by_a_device_in_one_pass(
 
 
 class Several(NumpyBackend):
-    """Looks at three vectors at a time, and writes down how many it was asked about."""
+    """Looks at three chunks at a time, and writes down of how many vectors."""
 
-    at_once = 3
+    at_once = 3 * 3 * 4
 
     def __init__(self):
         self.looks = []

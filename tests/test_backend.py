@@ -345,6 +345,7 @@ def test_every_operation_on_a_gpu_is_one_kernel(cupy):
         lambda: gpu.compensated(a, b, c, 0.5, 0.5),
         lambda: gpu.adaptive(a, b, c, 0.5, 0.5),
         lambda: gpu.weighted_sum([a] * MOST, [1.0] * MOST),
+        lambda: gpu.stepped(a, 0.5, [b] * MOST, [1.0] * MOST),
         lambda: gpu.is_finite(a),
     ):
         before = cupy.schedule.kernels

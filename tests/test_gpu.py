@@ -14,7 +14,7 @@ import pytest
 from esync.compression import is_finite
 from esync.config import RunConfig
 from esync.device_memory import DeviceOffer, DeviceRegion, from_jax, to_jax, unsupported
-from esync.ps.backend import MOST, CupyBackend, NumpyBackend
+from esync.ps.backend import LOOKS, MOST, CupyBackend, NumpyBackend
 from esync.ps.staging import BUFFERS
 from esync.tensors import CHUNK_ELEMENTS, DELTA, Layout, Leaf
 from tests.cluster import Cluster
@@ -52,10 +52,40 @@ def test_every_operation_is_numpy_s_to_rounding():
             cpu.weighted_sum(x, [0.1] * len(x)),
         ),
         (gpu.filled(a, 0.3), cpu.filled(x[0], 0.3)),
+        *(
+            (
+                gpu.stepped(a, 0.3, [gpu.load(v) for v in x[:n]], [0.7] * n),
+                cpu.stepped(x[0], 0.3, x[:n], [0.7] * n),
+            )
+            for n in (1, 3, MOST, len(x))
+        ),
     ):
         np.testing.assert_allclose(gpu.host(there), here, **close)
     for there, here in zip((a, b, c), x[:3], strict=True):
         np.testing.assert_array_equal(gpu.host(there), here)
+
+
+@needs_gpu
+@pytest.mark.parametrize("count", [1, 3, 7, MOST, MOST + 2])
+def test_one_kernel_makes_what_several_make_to_the_bit(count):
+    gpu, scale = CupyBackend(), 0.7 / count
+    base, *xs = (gpu.load(vector(seed, CHUNK_ELEMENTS)) for seed in range(count + 1))
+    weights = [1.0 + 0.3 * i for i in range(count)]
+    total = gpu.scaled(xs[0], weights[0])
+    for x, weight in zip(xs[1:], weights[1:], strict=True):
+        gpu.add_scaled(total, x, weight)
+    apart = gpu.host(gpu.blend(base, 1.0, total, scale))
+    np.testing.assert_array_equal(gpu.host(gpu.stepped(base, scale, xs, weights)), apart)
+    np.testing.assert_array_equal(gpu.host(gpu.weighted_sum(xs, weights)), gpu.host(total))
+
+
+@needs_gpu
+def test_of_several_vectors_the_bad_ones_are_found():
+    gpu = CupyBackend()
+    xs = [vector(seed, 1000) for seed in range(2 * LOOKS + 3)]
+    for bad in (0, LOOKS - 1, LOOKS, 2 * LOOKS + 2):
+        xs[bad][bad] = np.nan
+    assert gpu.are_finite([gpu.load(x) for x in xs]) == [bool(is_finite(x)) for x in xs]
 
 
 @needs_gpu
@@ -182,7 +212,7 @@ with Worker(endpoint, name=f"w{rank}", rank=rank) as worker:
 
 def run_of(**options):
     """(lane of each server, digest and mean of the model) of each worker at the end of a run of processes."""
-    config = RunConfig(mode="sync", workers=2, rounds=60, **options)
+    config = RunConfig(mode="sync", workers=3, rounds=60, **options)  # 1/3 is rounded
     with Cluster(config, "tcp", device="cuda") as cluster:
         workers = [
             subprocess.Popen(
@@ -192,7 +222,7 @@ def run_of(**options):
                 cwd=ROOT,
                 env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
             )
-            for rank in range(2)
+            for rank in range(3)
         ]
         results = [json.loads(worker.communicate(timeout=100)[0]) for worker in workers]
         cluster.finish()
@@ -208,10 +238,10 @@ def test_a_run_through_device_memory_makes_the_model_that_one_over_sockets_does(
     if jax.default_backend() != "gpu":
         pytest.skip("JAX sees no GPU: pip install 'esync[cuda12]'")
     through, over = run_of(ps=ps), run_of(ps=ps, shared_memory=False)
-    assert [lanes for lanes, _, _ in through] == [[True] * ps] * 2
-    assert [lanes for lanes, _, _ in over] == [[False] * ps] * 2
+    assert [lanes for lanes, _, _ in through] == [[True] * ps] * 3
+    assert [lanes for lanes, _, _ in over] == [[False] * ps] * 3
     assert len({digest for _, digest, _ in (*through, *over)}) == 1
-    assert abs(through[0][2] - 0.5) < 0.01
+    assert abs(through[0][2] - 1.0) < 0.01
 
 
 @needs_gpu

@@ -133,31 +133,47 @@ def test_a_worker_is_pulled_towards_the_model_with_which_its_round_began(mu: flo
     assert_close(Packer(model.params, model.stats).unpack([final])[0], params)
 
 
-LAST = np.full(1, 5.0, np.float32)
+class Slow:
+    """An array that is not ready yet."""
+
+    def __init__(self) -> None:
+        self.awaited = False
+
+    def block_until_ready(self) -> Slow:
+        self.awaited = True
+        return self
+
+
+HERE = np.zeros(1, np.float32)
 
 
 @pytest.mark.parametrize(
-    "tree",
+    "tree_of",
     [
-        {"a": np.zeros(1), "b": LAST},
-        {"a": {"x": np.zeros(1)}, "b": {"x": np.zeros(1), "y": LAST}},
-        {"a": [np.zeros(1), LAST]},
-        {"a": LAST, "b": None},
-        {"a": LAST, "b": {}},
-        (np.zeros(1), (np.zeros(1), LAST)),
-        LAST,
+        lambda slow: slow,
+        lambda slow: {"frozen": HERE, "b": slow},
+        lambda slow: {"b": slow, "frozen": HERE},
+        lambda slow: {"a": {"x": HERE, "y": HERE}, "b": {"x": HERE, "y": slow}},
+        lambda slow: {"a": {"x": slow, "y": HERE}, "b": {"x": HERE, "y": HERE}},
+        lambda slow: {"a": [HERE, slow, HERE]},
+        lambda slow: {"a": None, "b": slow, "c": {}},
+        lambda slow: (HERE, (slow, np.float32(1.0))),
     ],
 )
-def test_a_step_has_ended_when_its_last_array_is_there(
-    tree: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", [jax.numpy.asarray, np.asarray])
+def test_a_step_has_ended_when_its_arrays_are_there(
+    tree_of: Any, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    slow = Slow()
+    monkeypatch.setattr(jax, "Array", (type(jax.numpy.asarray(HERE)), Slow))
+    tree = jax.tree_util.tree_map(lambda leaf: leaf if leaf is slow else kind(leaf), tree_of(slow))
+    client._wait_for(tree)
+    assert slow.awaited
+
+
+def test_not_all_arrays_are_asked_whether_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = {f"layer{i}": {"w": jax.numpy.zeros(1)} for i in range(100)}
     awaited: list[Any] = []
     monkeypatch.setattr(jax, "block_until_ready", awaited.append)
     client._wait_for(tree)
-    assert [x is LAST for x in awaited] == [True]
-    awaited.clear()
-    on_device = jax.tree_util.tree_map(jax.numpy.asarray, tree)
-    client._wait_for(on_device)
-    (last,) = awaited
-    assert isinstance(last, jax.Array)
-    assert last[0] == 5.0
+    assert awaited == [(tree["layer0"]["w"], tree["layer99"]["w"])]

@@ -154,7 +154,8 @@ class Aggregation(ABC):
 
     def receive_all(self, updates: Sequence[Contribution]) -> list[Event]:
         """`receive` of one after the other. What becomes final may be looked at together, after the last of them: no
-        update may follow from what becomes final by one before it."""
+        update may follow from what becomes final by one before it. One that would have come late by then, of a worker
+        that is not expected, may be counted."""
         return [event for update in updates for event in self.receive(update)]
 
     def _beyond(self, update: Contribution) -> Refused | None:
@@ -307,6 +308,8 @@ class Mean(Aggregation):
         self._compressor = Compressor(config.encoding, layout, (config.seed,))
         self._decoder = Decoder(config.encoding, layout)
         self._ordered = ordered
+        largest = max(chunk.size for chunk in layout.chunks)
+        self._together = max(1, backend.at_once // (4 * largest))  # chunks that are looked at
         self._average: list[Array] = []
         self._expected: dict[str, int] = {}
         self._begin()
@@ -468,8 +471,8 @@ class Mean(Aggregation):
             and self._arrived[chunk]
             and self._arrived[chunk] >= awaited
         ]
-        for first in range(0, len(ready), self.backend.at_once):
-            some = ready[first : first + self.backend.at_once]
+        for first in range(0, len(ready), self._together):
+            some = ready[first : first + self._together]
             steps = [self._step(chunk) for chunk in some]
             for chunk, step, finite in zip(some, steps, self._are_finite(steps), strict=True):
                 events += self._settle(chunk, step if finite else None)
@@ -526,7 +529,7 @@ class Mean(Aggregation):
         scale = 1.0 / weight
         if self._normalised(chunk):
             scale *= self._steps[chunk] / weight  # tau_eff
-        if delta and self._totals[chunk] is None and len(self._waiting[chunk]) > 1:
+        if delta and self._totals[chunk] is None:
             data, factors = self._no_longer_waiting(chunk)
             room = self._new_room(chunk)
             return self.outer.step_on(chunk, self.chunks[chunk], data, factors, scale, room)

@@ -28,7 +28,7 @@ class Backend(Protocol):
     cuda: int | None
     """The CUDA device on which its arrays are, as this process counts; None: they are NumPy's."""
     at_once: int
-    """How many vectors it pays to look at together."""
+    """How many bytes of vectors it pays to look at together; 0: each while it is in the cache."""
 
     def load(self, x: Array) -> Array:
         """A vector in host memory as one of this backend; on the CPU without a copy, as what is one already is."""
@@ -104,7 +104,7 @@ class NumpyBackend:
 
     name = "cpu"
     cuda: int | None = None
-    at_once = 1  # while it is in the cache
+    at_once = 0
 
     def load(self, x: Array) -> Array:
         return x
@@ -209,8 +209,11 @@ class NumpyBackend:
 
 MOST = 16
 """Vectors that one kernel adds up; more are added up by several, one after the other."""
-LOOKS = 16
-"""Vectors that are looked at together: the host waits once for all of them."""
+LOOKS = 64
+"""Vectors that are looked at together, at most: the host waits once for all of them."""
+LOOK_BYTES = 128 << 20
+"""What is looked at together is memory besides the model, so it is no more than this, which takes a GPU longer to read
+than the host waits."""
 
 
 def _weighted(count: int) -> tuple[str, str]:
@@ -249,7 +252,7 @@ class CupyBackend:
             )
         self.name = f"cuda:{index}"
         self.cuda: int | None = index
-        self.at_once = LOOKS
+        self.at_once = LOOK_BYTES
         self._cupy = cupy
         self._device = cupy.cuda.Device(index)
         with self._device:
@@ -287,8 +290,14 @@ class CupyBackend:
 
     def _kernel(self, name: str, inputs: str, expression: str) -> Callable[..., Array]:
         """`kernel(*operands, out=None)`, on the stream of the sums; a new vector, or `out`, which may be an operand."""
+        # Without multiplying and adding in one rounding: which of them would be one depends on the expression, and what
+        # comes through one kernel or through two is to be the same.
         kernel = self._cupy.ElementwiseKernel(
-            inputs, "float32 out", f"out = {expression}", f"esync_{name}"
+            inputs,
+            "float32 out",
+            f"out = {expression}",
+            f"esync_{name}",
+            options=("-fmad=false",),
         )
 
         def launch(*operands: Any, out: Array | None = None) -> Array:

@@ -96,6 +96,8 @@ from esync.tensors import Layout
 log = logging.getLogger("esync.ps")
 INITIAL_PATIENCE_S = 5.0
 """How long the worker of rank 0 has for the initial model before somebody else is asked for it."""
+MOST_PATIENCE_S = 60.0
+"""Twice as long each time, but no longer than this."""
 RECV_BURST = 32
 UPSTREAM_BURST = 128
 EVALUATOR = "e/"
@@ -211,6 +213,7 @@ class TensorThread(threading.Thread):
         self._gathered: list[Contribution] = []  # in a device's memory, to be taken together
         self._asked_at = 0.0
         self._asked = 0
+        self._initial_patience_s = INITIAL_PATIENCE_S
 
     def run(self) -> None:
         try:
@@ -399,8 +402,10 @@ class TensorThread(threading.Thread):
         if aggregation is None or aggregation.version >= 0 or not self._subscribers:
             return
         now = time.monotonic()
-        if now - self._asked_at > INITIAL_PATIENCE_S:
+        if now - self._asked_at > self._initial_patience_s:
             self._asked_at = now
+            # It may be on its way, over a slow link.
+            self._initial_patience_s = min(2 * self._initial_patience_s, MOST_PATIENCE_S)
             workers = list(self._subscribers)
             worker = workers[self._asked % len(workers)]
             self._asked += 1
@@ -508,7 +513,7 @@ class TensorThread(threading.Thread):
             max(1, message.samples),
             lasts=shared and data is update,  # else it was brought to the device: memory of ours
         )
-        if contribution.lasts and self._backend.at_once > 1 and self._mode.barrier:
+        if contribution.lasts and self._backend.at_once and self._mode.barrier:
             self._gathered.append(contribution)
         else:
             self._take_gathered()

@@ -698,15 +698,17 @@ class Worker:
 
 
 def _wait_for(params: Tree) -> None:
-    """Wait until a step is done, to time it. Its results are ready together, or one after the other: the last one is
-    looked at. To have JAX look for it takes longer than all else that `step` does, so dictionaries are gone down here.
+    """Wait until a step is done, to time it. What it makes is ready together, so the first and the last array are
+    looked at: one of them may be none of its results. To ask all takes longer than all else that `step` does, and so
+    does to have JAX look for them: dictionaries are gone down here.
     """
-    last = params
+    first = last = params
+    while isinstance(first, dict) and first:
+        first = next(iter(first.values()))
     while isinstance(last, dict) and last:
         last = next(reversed(last.values()))
-    if not isinstance(last, (jax.Array, np.ndarray)):
-        last = jax.tree_util.tree_leaves(params)[-1]
-    jax.block_until_ready(last)
+    arrays = isinstance(first, jax.Array) and isinstance(last, jax.Array)
+    jax.block_until_ready((first, last) if arrays else params)
 
 
 def _finite(loss: Any) -> float | None:
