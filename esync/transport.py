@@ -24,6 +24,7 @@ from esync import handshake
 from esync.errors import TransportError
 from esync.handshake import Gate, Token
 from esync.keys import ClientKeys, ServerKeys
+from esync.seal import MAX_OVERHEAD_BYTES
 
 T = TypeVar("T")
 DEFAULT_STATE = "tcp://127.0.0.1:10010"
@@ -32,9 +33,7 @@ STATE, NAME, RANK, KEYS = "ESYNC_STATE", "ESYNC_NAME", "ESYNC_RANK", "ESYNC_KEYS
 """Environment variables by which esync-run tells a program what `esync.Worker()` is to join, and as what."""
 MAX_CONTROL_BYTES = 4 << 20
 """Largest frame on the control channel."""
-SEAL_BYTES = 4096
-"""By how much a frame may be longer because it is sealed, and to spare."""
-MAX_CHUNK_BYTES = (4 << 20) + SEAL_BYTES
+MAX_CHUNK_BYTES = (4 << 20) + MAX_OVERHEAD_BYTES
 """Largest frame on the data channel, unless chunks are larger than 2 MiB: see `max_chunk_bytes`."""
 MAX_TOPIC_BYTES = 4096
 """Largest frame that comes in where models go out: a subscription."""
@@ -63,7 +62,7 @@ REBIND_S = 5.0
 def max_chunk_bytes(chunk_mib: int) -> int:
     """Largest frame on the data channel where chunks have so many MiB: what is encoded may be twice as long (topk of
     all elements), and is sealed then."""
-    return max(MAX_CHUNK_BYTES, (2 * chunk_mib << 20) + SEAL_BYTES)
+    return max(MAX_CHUNK_BYTES, (2 * chunk_mib << 20) + MAX_OVERHEAD_BYTES)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

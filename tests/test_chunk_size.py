@@ -12,7 +12,7 @@ import zmq
 from safetensors.numpy import load_file
 
 from esync import keys as key_files
-from esync import shared_memory, tensors, transport
+from esync import seal, shared_memory, tensors, transport
 from esync.config import RunConfig
 from esync.errors import EsyncError
 from esync.ps.delivery import Delivery
@@ -20,6 +20,9 @@ from esync.shared_memory import Region, SharedMemoryError
 from esync.tensors import DELTA, VALUE, Layout, Leaf
 from tests.cluster import Cluster
 
+takes_memfd = pytest.mark.skipif(
+    not shared_memory.SUPPORTED, reason="this system has no memfd: it takes Linux"
+)
 MIB = 1 << 20
 BIG = 5 * MIB + 3
 """Elements of which chunks of 8 MiB are three, and those of 2 MiB eleven."""
@@ -69,7 +72,7 @@ def usual():
         pytest.param(
             "tcp",
             {},
-            marks=pytest.mark.skipif(not shared_memory.SUPPORTED, reason="no memfd on this system"),
+            marks=takes_memfd,
         ),
     ],
     ids=str,
@@ -138,7 +141,7 @@ def test_a_chunk_that_is_longer_than_the_window_holds_nobody_up(monkeypatch):
 
 @pytest.mark.parametrize(("mib", "most"), [(1, 4), (2, 4), (3, 6), (8, 16), (64, 128)])
 def test_a_frame_may_be_twice_as_long_as_a_chunk(mib, most):
-    assert transport.max_chunk_bytes(mib) == most * MIB + transport.SEAL_BYTES
+    assert transport.max_chunk_bytes(mib) == most * MIB + seal.MAX_OVERHEAD_BYTES
 
 
 @pytest.fixture
@@ -310,7 +313,7 @@ def test_a_worker_ends_when_the_servers_come_back_with_other_chunks(tmp_path):
         cluster.finish()
 
 
-@pytest.mark.skipif(not shared_memory.SUPPORTED, reason="this system has no memfd: it takes Linux")
+@takes_memfd
 def test_shared_memory_in_other_chunks_is_not_mapped():
     """Of 4 MiB both are two chunks, of 2 + 2 and of 3 + 1 MiB, and as long."""
     layout = Layout((Leaf(DELTA, "w", (MIB,), "float32"), Leaf(VALUE, "s", (5,), "float32")))

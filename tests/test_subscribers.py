@@ -102,6 +102,18 @@ def test_an_evaluator_that_is_stuck_gets_the_average_too(server):
     assert event.data[0] == 3.0
 
 
+def test_the_initial_model_is_asked_for_less_and_less_often(server):
+    """What was asked for may be on its way, over a slow link."""
+    asked = {}
+    for waited in (4, 6, 9, 11, 19, 21, 39, 41, 59, 61, 61):
+        server._xpub.sent.clear()
+        server._asked_at = time.monotonic() - waited
+        server._ask_for_initial_model()
+        asked[waited] = [messages.decode(frames[1]).TYPE for frames in server._xpub.sent]
+    assert {waited for waited, sent in asked.items() if sent} == {6, 11, 21, 41, 61}
+    assert all(sent in ([], ["want"]) for sent in asked.values())
+
+
 def test_lines_of_workers_that_are_gone_are_forgotten(server):
     push(server, INITIAL, 0.0)
     server._delivery._window = 0  # everything waits
