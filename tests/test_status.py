@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ class Running:
 
         self.thread = self.cluster.train("w", loop)
         assert self.begun.wait(30), self.thread.error
+        # The worker had the first version from the parameter server: the state server may hear of it later.
+        deadline = time.monotonic() + 30
+        while self.cluster.state.handlers.history.version < 1:
+            assert time.monotonic() < deadline, "the state server has not heard of a version"
+            time.sleep(0.01)
         return self
 
     def __exit__(self, *error: Any) -> None:
