@@ -208,9 +208,10 @@ COMPRESSIONS: dict[str, Callable[[float], Encoding]] = {
     "none": lambda topk: Plain(),
     "bf16": lambda topk: BFloat16(),
     "int8": lambda topk: Int8(),
-    "topk": TopK,
+    "topk": lambda topk: TopK(topk) if topk < 0.5 else Plain(),
 }
-"""Name in `[run]` -> encoding of deltas, given the share that `topk` keeps."""
+"""Name in `[run]` -> encoding of deltas, given the share that `topk` keeps: from a half on, all elements without
+indices are fewer bytes. So no whole chunk becomes longer than it was, which frames have to be long enough for."""
 
 
 def is_finite(x: Vector) -> bool:
@@ -243,6 +244,11 @@ class Compressor:
         self._plain = Plain()
         self._lost: dict[int, Vector] = {}
 
+    @property
+    def compresses(self) -> bool:
+        """Whether any chunk becomes shorter."""
+        return self.encoding.name != PLAIN
+
     def encode(self, chunk: int, x: Vector, round: int) -> tuple[str, Payload]:
         """(the encoding's name, the bytes to send) of a chunk of deltas or values.
 
@@ -250,7 +256,7 @@ class Compressor:
         """
         encoding = self.encoding
         kind = self._layout.chunks[chunk].kind
-        if encoding.name == PLAIN or kind != DELTA or round == INITIAL:
+        if not self.compresses or kind != DELTA or round == INITIAL:
             return PLAIN, self._plain.encode(x, ())
         if encoding.feedback and chunk in self._lost:
             x = x + self._lost[chunk]

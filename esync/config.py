@@ -22,7 +22,7 @@ from esync.compression import COMPRESSIONS, Encoding
 from esync.errors import ConfigError, unknown
 from esync.limits import MAX_PEERS, RATE
 from esync.messages import MessageError, check_worker_id
-from esync.tensors import CHUNK_MIB
+from esync.tensors import CHUNK_MIB, Layout
 from esync.transport import DEFAULT_STATE
 
 C = TypeVar("C")
@@ -146,11 +146,12 @@ class RunConfig:
         "Exchange with workers on the parameter server's own machine through shared memory.",
     )
     chunk_mib: int = _option(
-        CHUNK_MIB,
+        0,
         "MiB of a chunk, in which models and updates travel and are averaged: 32 where all is on one GPU "
-        "(docs/gpu.md); over sockets more costs memory.",
-        low=1,
+        "(docs/gpu.md); over sockets more costs memory. auto: 4 with up to 4 workers, 2 with more.",
+        low=0,
         high=64,
+        words={"auto": 0},
     )
     dcasgd: bool = _option(False, "Mode async: compensate the delay (DC-ASGD; needs sgd).")
     dc_lambda: float = _option(0.04, "DC-ASGD's lambda.", low=0)
@@ -298,6 +299,20 @@ class RunConfig:
     def asks_first(self) -> bool:
         """Whether workers wait for an answer before the first local step of each round."""
         return algorithm(self.mode).asks_first
+
+    @property
+    def mib_per_chunk(self) -> int:
+        """MiB of a chunk, at most. The parameter server's memory grows by two chunks for each worker; the fewer they
+        are, the larger their chunks may be."""
+        return self.chunk_mib or (2 * CHUNK_MIB if self.workers <= 4 else CHUNK_MIB)
+
+    def cut(self, layout: Layout) -> Layout:
+        """A model's layout for this run's parameter servers and in its chunks.
+
+        Raises:
+            ModelError: the model has not as many elements as there are servers.
+        """
+        return layout.cut(self.ps, self.mib_per_chunk)
 
     @property
     def encoding(self) -> Encoding:

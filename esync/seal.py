@@ -42,8 +42,8 @@ MAX_IDENTITY_BYTES = 255
 MAX_OVERHEAD_BYTES = 2 + MAX_IDENTITY_BYTES + LIFE_BYTES + NUMBER_BYTES + TAG_BYTES
 """By how much a sealed message is longer than its payload, at most."""
 MESSAGES_PER_LIFE = 1 << 20
-"""Messages sealed under one key. In chunks of 2 MiB that is 2^37 blocks; the chance that GCM is told from a random
-function by them is below 2^-54 (2^42 blocks in the largest chunks, and 2^-44)."""
+"""Messages sealed under one key. In chunks of 4 MiB that is 2^38 blocks; the chance that GCM is told from a random
+function by them is below 2^-52 (2^42 blocks in the largest chunks, and 2^-44)."""
 TO_SERVER, TO_WORKERS = b"to the parameter server", b"to workers"
 """What every message of the data channel is about besides its frames."""
 _INFO = b"esync seal 1 "

@@ -24,7 +24,7 @@ Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
 Parts = Sequence[Vector]
 """A vector in pieces, as it arrives; one piece is one too."""
 CHUNK_MIB = 2
-"""MiB of float32 in a chunk where the run says nothing else."""
+"""MiB of float32 in a chunk where nothing else is said; a run says it (`RunConfig.mib_per_chunk`)."""
 CHUNK_ELEMENTS = CHUNK_MIB << 18
 """Elements in such a chunk."""
 MAX_ELEMENTS = 1 << 40

@@ -34,7 +34,7 @@ STATE, NAME, RANK, KEYS = "ESYNC_STATE", "ESYNC_NAME", "ESYNC_RANK", "ESYNC_KEYS
 MAX_CONTROL_BYTES = 4 << 20
 """Largest frame on the control channel."""
 MAX_CHUNK_BYTES = (4 << 20) + MAX_OVERHEAD_BYTES
-"""Largest frame on the data channel, unless chunks are larger than 2 MiB: see `max_chunk_bytes`."""
+"""Largest frame on the data channel, unless chunks are larger than 4 MiB: see `max_chunk_bytes`."""
 MAX_TOPIC_BYTES = 4096
 """Largest frame that comes in where models go out: a subscription."""
 IO_THREADS = 2
@@ -60,9 +60,8 @@ REBIND_S = 5.0
 
 
 def max_chunk_bytes(chunk_mib: int) -> int:
-    """Largest frame on the data channel where chunks have so many MiB: what is encoded may be twice as long (topk of
-    all elements), and is sealed then."""
-    return max(MAX_CHUNK_BYTES, (2 * chunk_mib << 20) + MAX_OVERHEAD_BYTES)
+    """Largest frame on the data channel where chunks have so many MiB: one that is sealed."""
+    return max(MAX_CHUNK_BYTES, (chunk_mib << 20) + MAX_OVERHEAD_BYTES)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

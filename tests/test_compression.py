@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from esync import tensors
-from esync.compression import PLAIN, BFloat16, Compressor, Decoder, Int8, Plain, TopK
+from esync.compression import (
+    COMPRESSIONS,
+    PLAIN,
+    BFloat16,
+    Compressor,
+    Decoder,
+    Int8,
+    Plain,
+    TopK,
+)
 from esync.config import RunConfig
 from esync.errors import ConfigError
 from esync.messages import INITIAL, MessageError, Model
@@ -96,6 +105,20 @@ def test_topk_of_a_long_vector_is_exact_whatever_the_sample_suggests():
         x = case.astype(np.float32)
         decoded = round_trip(TopK(0.01), x)
         np.testing.assert_array_equal(np.sort(np.abs(decoded))[-1000:], np.sort(np.abs(x))[-1000:])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 1.0])
+def test_topk_of_half_or_more_is_everything_without_indices(share):
+    config = RunConfig(compression="topk", topk=share)
+    assert config.encoding.name == "f32"
+    assert RunConfig(compression="topk", topk=share / 2.1).encoding.name == "topk"
+
+
+@pytest.mark.parametrize("mib", [1, 2, 64])
+@pytest.mark.parametrize("share", [0.01, 0.4999999, 0.5, 1.0])
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_no_whole_chunk_becomes_longer(name, share, mib):
+    assert COMPRESSIONS[name](share).size(mib << 18) <= mib << 20
 
 
 # Senders and receivers
@@ -324,7 +347,7 @@ def test_a_real_run_learns_with_it_and_ends_with_one_model(mode, compression):
 
 @every_lossy
 def test_numbers_near_the_largest_float_do_not_become_infinite_by_it(layout, compression):
-    config = RunConfig(compression=compression, topk=0.5)
+    config = RunConfig(compression=compression, topk=0.4)
     server, worker = Mean(layout, NumpyBackend(), config), Receiver(layout, config)
     worker.take(push(server, layout, "a", INITIAL, np.zeros(150, np.float32)))
     server.set_members({"a": 0})

@@ -147,7 +147,7 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_expected(key, value, e
         ("lr", -0.1, "below 0"),
         ("workers", 0, "below 1"),
         ("workers", 100_001, "above 100000"),
-        ("chunk_mib", 0, "below 1"),
+        ("chunk_mib", -1, "below 0"),
         ("chunk_mib", 65, "above 64"),
         ("target_accuracy", 1.5, "above 1"),
         ("heartbeat_s", 0.05, "below 0.1"),

@@ -180,7 +180,7 @@ def test_stuck_subscribers_keep_a_window_s_worth_of_old_chunks_alive(monkeypatch
     monkeypatch.setattr(delivery, "STUCK_S", 0.0)
     monkeypatch.setattr(transport, "HAVE_BYTES", 4 * chunk)
     alive: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
-    config = RunConfig(mode="sync", workers=2, rounds=70, shared_memory=shared)
+    config = RunConfig(mode="sync", workers=2, rounds=70, shared_memory=shared, chunk_mib=2)
     with Cluster(config, "tcp") as cluster:
         most, strangers, ready = [], [], threading.Event()
 
@@ -220,7 +220,7 @@ def test_stuck_subscribers_keep_a_window_s_worth_of_old_chunks_alive(monkeypatch
 
 def test_a_subscriber_that_takes_one_chunk_after_the_other_is_sent_all_of_them(monkeypatch):
     monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 1000)
-    config = RunConfig(mode="sync", workers=1, rounds=3)
+    config = RunConfig(mode="sync", workers=1, rounds=3, chunk_mib=2)
     with Cluster(config, "tcp") as cluster:
         done = threading.Event()
 

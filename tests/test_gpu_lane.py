@@ -117,7 +117,7 @@ def machine(monkeypatch):
 @pytest.fixture
 def chunks(monkeypatch):
     """Several chunks for a small model."""
-    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 150)  # twice as many in runs of few workers
 
 
 def learner(target):

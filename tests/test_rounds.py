@@ -149,7 +149,7 @@ def test_a_model_of_several_chunks_and_of_values_travels_whole(
             params, values = worker.step(params, values)
         return params["dense"], values["mean"]
 
-    with Cluster(RunConfig(mode="sync", workers=3, rounds=4)) as cluster:
+    with Cluster(RunConfig(mode="sync", workers=3, rounds=4, chunk_mib=2)) as cluster:
         threads = [cluster.train(f"w{i}", loop, rank=i) for i in range(3)]
         for thread in threads:
             params, values = thread.result()

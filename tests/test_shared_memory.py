@@ -373,7 +373,7 @@ def test_word_of_an_update_that_comes_too_late_is_passed_over(monkeypatch):
 
     monkeypatch.setattr(Mean, "set_members", without_w1)
     monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 10)
-    with Cluster(RunConfig(mode="sync", workers=2, rounds=300)) as cluster:
+    with Cluster(RunConfig(mode="sync", workers=2, rounds=300, chunk_mib=2)) as cluster:
         threads = [cluster.train(f"w{i}", steady, rank=i) for i in range(2)]
         for thread in threads:
             assert thread.result() > 200  # and no error

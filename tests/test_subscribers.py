@@ -20,7 +20,7 @@ from esync.shared_memory import UPDATE_SLOTS, Region
 from esync.tensors import DELTA, Layout, Leaf
 from tests.cluster import Cluster, Thread
 
-LAYOUT = Layout((Leaf(DELTA, "w", (1000,), "float32"),))
+LAYOUT = RunConfig().cut(Layout((Leaf(DELTA, "w", (1000,), "float32"),)))
 
 
 class Xpub:

@@ -546,7 +546,7 @@ class Mean(Aggregation):
         The next version is what its receivers make of it: their models and this one stay the same to the bit.
         """
         old, backend = self.chunks[chunk], self.backend
-        if self.layout.chunks[chunk].kind != DELTA or self.config.compression == "none":
+        if self.layout.chunks[chunk].kind != DELTA or not self._compressor.compresses:
             return new
         moved = backend.host(backend.blend(new, 1.0, old, -1.0))
         name, payload = self._compressor.encode(chunk, moved, self.version)

@@ -265,7 +265,7 @@ class TensorThread(threading.Thread):
         self._epoch = message.epoch
         self._turns.first = frozenset(x for x in message.first if isinstance(x, str))
         if message.layout is not None:
-            whole = Layout.from_wire(message.layout).cut(self._config.ps, self._config.chunk_mib)
+            whole = self._config.cut(Layout.from_wire(message.layout))
             if self._untrained():
                 self._set_layout(whole)
             elif self.whole is not None and whole.digest != self.whole.digest:
@@ -1033,8 +1033,8 @@ class ParameterServer:
             config = build(RunConfig, message.config, "run")
             if not 0 <= message.rank < config.ps:
                 raise ConfigError(f"there is no shard {message.rank} of {config.ps}")
-            checkpoints, snapshot = self._checkpoints(message.rank, config.chunk_mib)
-            most = transport.max_chunk_bytes(config.chunk_mib)
+            checkpoints, snapshot = self._checkpoints(message.rank, config.mib_per_chunk)
+            most = transport.max_chunk_bytes(config.mib_per_chunk)
             transport.take_frames_of(self._pull, self._bound, most)
         except (ConfigError, EsyncError) as error:
             self._fail(error)

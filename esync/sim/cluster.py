@@ -60,7 +60,7 @@ class Cluster:
         watch: Callable[[str, Message], None] = lambda sender, message: None,
     ) -> None:
         self.config, self.events = config, events
-        self.layout = layout.cut(1, config.chunk_mib)
+        self.layout = layout.cut(1, config.mib_per_chunk)
         self.split_digest = split_digest
         self.devices: dict[str, Device] = {}
         self._network, self._watch = network, watch

@@ -266,7 +266,7 @@ class Handlers:
 
     def _layout_of(self, raw: dict[str, Any]) -> Layout:
         try:
-            return Layout.from_wire(raw).cut(self.config.ps, self.config.chunk_mib)
+            return self.config.cut(Layout.from_wire(raw))
         except ModelError as error:
             raise MessageError("bad-layout", str(error)) from error
 

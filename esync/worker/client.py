@@ -230,7 +230,7 @@ class Worker:
             self._packer.merge([initial], params, stats, self._packer.snapshot(params, stats))
         if not np.isfinite(initial).all():
             raise ModelError("the initial model holds NaN or infinity")
-        layout = self._packer.layout.cut(self.config.ps, self.config.chunk_mib)
+        layout = self.config.cut(self._packer.layout)
         encoding = self.config.encoding
         model = Shards(layout, encoding)
         with self._changed:

@@ -18,8 +18,9 @@ import zmq
 
 from esync import device_memory, messages, transport
 from esync.compression import Compressor
+from esync.config import RunConfig, build
 from esync.device_memory import Array
-from esync.errors import EsyncError, ProtocolError, TransportError
+from esync.errors import ConfigError, EsyncError, ProtocolError, TransportError
 from esync.fault_log import FaultLog
 from esync.handshake import MAX_TOKEN, Token
 from esync.keys import ClientKeys
@@ -278,10 +279,17 @@ class Link(threading.Thread):
     def _on_welcome(self, message: Welcome) -> None:
         shared = self.shared
         if shared.model is not None:
-            mine, theirs = shared.model.layout.chunk_mib, message.config.get("chunk_mib")
-            if theirs not in (mine, None):
-                text = f"the state server came back with chunk_mib = {theirs!r:.40}, it was {mine}"
-                self._fail(EsyncError(f"{text}; start it as it was, or this worker again"))
+            try:
+                theirs = build(RunConfig, message.config, "welcome.config").mib_per_chunk
+            except ConfigError as error:
+                raise MessageError("bad-field", str(error)) from error
+            mine = shared.model.layout.chunk_mib
+            if theirs != mine:
+                text = (
+                    f"the state server came back with chunks of {theirs} MiB, they were of {mine}"
+                )
+                hint = "start it with the same chunk_mib and workers, or this worker again"
+                self._fail(EsyncError(f"{text}; {hint}"))
                 return
         doors = [self._door(raw, message) for raw in message.endpoints]
         with shared.changed:

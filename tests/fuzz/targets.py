@@ -66,7 +66,9 @@ from esync.worker.session import Session
 from tests.fuzz.fakes import Clock, Frame, Socket, Wire, connected, replaced
 from tests.fuzz.reader import FLOATS, NUMBERS, Reader, pack
 
-LAYOUT = Layout((Leaf(DELTA, "w", (3,), "float32"), Leaf(VALUE, "s", (2,), "float32")))
+LAYOUT = RunConfig().cut(
+    Layout((Leaf(DELTA, "w", (3,), "float32"), Leaf(VALUE, "s", (2,), "float32")))
+)
 """Two chunks, of 3 deltas and 2 values."""
 OTHER = Layout((Leaf(DELTA, "w", (4,), "float32"),))
 NAMES = ("a", "b", "ps", "ps1", "ev", "c", "e/a", "x" * 64, "\x1b[2J", "new\nline")
