@@ -71,7 +71,7 @@ def receive(
     ready: Callable[[Any], None], way: Way, chunks: int, directory: str, run_key: bytes
 ) -> None:
     """Receive `chunks` chunks and say so, again and again."""
-    cli.keep_memory()  # as esync-ps does
+    cli.keep_memory(one_arena=True)  # as esync-ps does
     context: zmq.Context[Any] = zmq.Context(io_threads=way.io_threads)
     pair = keys.load_server(directory) if way.curve else None
     pulls = [transport.pull(context, pair) for _ in range(way.shards)]

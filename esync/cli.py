@@ -139,10 +139,15 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def keep_memory() -> None:
+def keep_memory(*, one_arena: bool = False) -> None:
     """Have this process keep the memory that messages free: a model's worth is freed and taken again in each round, and
-    to get it back from the system page by page costs more than to fill it. Only with glibc; else nothing happens."""
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    to get it back from the system page by page costs more than to fill it. Only with glibc; else nothing happens.
+
+    Args:
+        one_arena: what one thread has freed another may take: where few threads pass large messages on, a tenth less
+            memory.
+    """
+    trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8  # malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -150,6 +155,8 @@ def keep_memory() -> None:
     mallopt(mmap_threshold, 32 << 20)
     mallopt(trim_threshold, 1 << 30)
     mallopt(top_pad, 32 << 20)
+    if one_arena:
+        mallopt(arena_max, 1)
 
 
 def start_logging(verbose: bool) -> None:

@@ -62,7 +62,7 @@ def main(
             raise ConfigError(f"{parts} has no files model-K-of-N.safetensors")
         cli.say(f"model: {path}")
         return
-    cli.keep_memory()
+    cli.keep_memory(one_arena=True)
     raw = cli.tables(file)
     own = dict(raw.get("ps", {}))
     own["keys"] = own.get("keys") or raw.get("state", {}).get("keys", "")
