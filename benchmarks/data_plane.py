@@ -630,7 +630,7 @@ def main(
     rounds = rounds or (10 if quick else 30)
     console = Console(stderr=True)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share the GPU
-    cli.keep_memory(one_arena=True)  # as esync-ps does: the bare one's sums are made in this process
+    cli.keep_memory(one_arena=True)  # as esync-ps does: the bare one's sums are made here
     no_gpu = device_memory.unsupported()
     if no_gpu and GPU in lanes:
         console.print(f"There is no lane {GPU} here: {no_gpu}", markup=False)
