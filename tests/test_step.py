@@ -139,6 +139,9 @@ class Slow:
     def __init__(self) -> None:
         self.awaited = False
 
+    def is_ready(self) -> bool:
+        return self.awaited
+
     def block_until_ready(self) -> Slow:
         self.awaited = True
         return self
@@ -172,8 +175,14 @@ def test_a_step_has_ended_when_its_arrays_are_there(
 
 
 def test_not_all_arrays_are_asked_whether_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    tree = {f"layer{i}": {"w": jax.numpy.zeros(1)} for i in range(100)}
+    slow = [Slow() for _ in range(100)]
+    monkeypatch.setattr(jax, "Array", Slow)
+    client._wait_for({f"layer{i}": {"w": leaf} for i, leaf in enumerate(slow)})
+    assert [i for i, leaf in enumerate(slow) if leaf.awaited] == [0, 99]
+
+
+def test_arrays_that_are_there_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     awaited: list[Any] = []
     monkeypatch.setattr(jax, "block_until_ready", awaited.append)
-    client._wait_for(tree)
-    assert awaited == [(tree["layer0"]["w"], tree["layer99"]["w"])]
+    client._wait_for({"a": jax.numpy.zeros(1), "b": {"c": jax.numpy.zeros(1)}})
+    assert not awaited

@@ -250,7 +250,11 @@ class Shards:
     @property
     def newer(self) -> bool:
         """Whether there is a model newer than the one that is trained from, in every shard."""
-        return all(new > old for new, old in zip(self.versions, self.awaited, strict=True))
+        # Asked after each local step: so without `versions` and `awaited`, which are slow.
+        for assembly, begun, life in zip(self.assemblies, self.begun, self.lives, strict=True):
+            if assembly.version <= (begun if assembly.incarnation in (life, "") else -1):
+                return False
+        return True
 
     def begin(self, whole: Whole) -> None:
         """A round begins from this model."""

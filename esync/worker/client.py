@@ -707,8 +707,10 @@ def _wait_for(params: Tree) -> None:
         first = next(iter(first.values()))
     while isinstance(last, dict) and last:
         last = next(reversed(last.values()))
-    arrays = isinstance(first, jax.Array) and isinstance(last, jax.Array)
-    jax.block_until_ready((first, last) if arrays else params)
+    if not (isinstance(first, jax.Array) and isinstance(last, jax.Array)):
+        jax.block_until_ready(params)
+    elif not (first.is_ready() and last.is_ready()):  # type: ignore[attr-defined]
+        jax.block_until_ready((first, last))  # lets go of the interpreter, which the link may take
 
 
 def _finite(loss: Any) -> float | None:
