@@ -41,7 +41,7 @@ def options_of(cls: type, *, skip: tuple[str, ...] = ()) -> Callable[[F], F]:
                 continue
             kind = config.option_type(cls, item.name)
             choices = item.metadata["choices"]
-            text = f"{item.metadata['help']}  [default: {_say(item.default)}]"
+            text = f"{item.metadata['help']}  [default: {_say(item)}]"
             flag = flag_of(item.name)
             if kind is bool:
                 flag = f"{flag}/--no-{flag[2:]}"
@@ -77,8 +77,10 @@ class _WordOr(click.ParamType):  # type: ignore[type-arg]  # generic in newer cl
         return self.words[value] if value in self.words else self.number.convert(value, param, ctx)
 
 
-def _say(default: Any) -> str:
-    return str(default) if default != "" else "none"
+def _say(item: dataclasses.Field[Any]) -> str:
+    """A field's default in words."""
+    words = {value: word for word, value in item.metadata["words"].items()}
+    return str(words.get(item.default, item.default)) or "none"
 
 
 def given(values: dict[str, Any], cls: type) -> dict[str, Any]:

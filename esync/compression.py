@@ -276,8 +276,8 @@ class Compressor:
         return dict(self._lost)
 
     def load(self, lost: dict[int, Vector]) -> None:
-        """Go on from what `lost` returned."""
-        self._lost = dict(lost)
+        """Go on from what `lost` returned; it is given up if this encoding makes up for nothing."""
+        self._lost = dict(lost) if self.encoding.feedback else {}
 
     def encoded_bytes(self) -> int:
         """Bytes of a whole model's chunks."""

@@ -148,7 +148,7 @@ class RunConfig:
     chunk_mib: int = _option(
         0,
         "MiB of a chunk, in which models and updates travel and are averaged: 32 where all is on one GPU "
-        "(docs/gpu.md); over sockets more costs memory. auto: 4 with up to 4 workers, 2 with more.",
+        "(docs/gpu.md); over sockets more costs memory. auto: 4 if the run starts with up to 4 workers, else 2.",
         low=0,
         high=64,
         words={"auto": 0},
@@ -303,7 +303,7 @@ class RunConfig:
     @property
     def mib_per_chunk(self) -> int:
         """MiB of a chunk, at most. The parameter server's memory grows by two chunks for each worker; the fewer they
-        are, the larger their chunks may be."""
+        are, the larger their chunks may be. How many there will be is known from `workers` alone."""
         return self.chunk_mib or (2 * CHUNK_MIB if self.workers <= 4 else CHUNK_MIB)
 
     def cut(self, layout: Layout) -> Layout:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
+
+from esync import cli
+from esync.ps.cli import main
 
 FOUR_THREADS = """
 import ctypes, sys, threading
@@ -36,9 +41,18 @@ libc.fflush(out)
 def test_threads_take_from_one_arena_where_that_is_asked_for():
     def arenas(how):
         command = [sys.executable, "-c", FOUR_THREADS, how]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.count(
-            "<heap"
-        )
+        usual = {
+            k: v for k, v in os.environ.items() if k not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
+        }
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=usual)
+        return done.stdout.count("<heap")
 
     assert arenas("one") == 1
     assert arenas("several") > 1
+
+
+def test_a_parameter_server_asks_for_it(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(cli, "keep_memory", lambda **how: asked.append(how))
+    CliRunner().invoke(main, ["--config", str(tmp_path / "none.toml")])
+    assert asked == [{"one_arena": True}]

@@ -345,6 +345,19 @@ def test_a_real_run_learns_with_it_and_ends_with_one_model(mode, compression):
         assert summary["bytes_down"] < 0.6 * whole
 
 
+def test_what_topk_left_over_is_given_up_by_a_run_without_feedback(layout):
+    before = Mean(layout, NumpyBackend(), RunConfig(compression="topk", topk=0.1))
+    push(before, layout, "a", INITIAL, vector(0))
+    before.set_members({"a": 0})
+    push(before, layout, "a", 0, vector(1))
+    version, saved = before.version, before.snapshot()
+    assert "lost" in saved
+    for topk, kept in ((0.2, True), (0.6, False)):
+        after = Mean(layout, NumpyBackend(), RunConfig(compression="topk", topk=topk))
+        after.restore(version, saved)
+        assert ("lost" in after.snapshot()) == kept
+
+
 @every_lossy
 def test_numbers_near_the_largest_float_do_not_become_infinite_by_it(layout, compression):
     config = RunConfig(compression=compression, topk=0.4)

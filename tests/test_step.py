@@ -139,6 +139,9 @@ class Slow:
     def __init__(self) -> None:
         self.awaited = False
 
+    def is_deleted(self) -> bool:
+        return False
+
     def is_ready(self) -> bool:
         return self.awaited
 
@@ -186,3 +189,16 @@ def test_arrays_that_are_there_are_not_waited_for(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(jax, "block_until_ready", awaited.append)
     client._wait_for({"a": jax.numpy.zeros(1), "b": {"c": jax.numpy.zeros(1)}})
     assert not awaited
+
+
+def test_a_deleted_array_is_an_error_and_no_crash() -> None:
+    gone = jax.numpy.zeros(1)
+    gone.delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        client._wait_for({"w": gone})
+    with pytest.raises(RuntimeError, match="deleted"):
+        client._wait_for({"v": jax.numpy.zeros(1), "w": gone})
+
+
+def test_arrays_that_cannot_be_asked_are_waited_for() -> None:
+    client._wait_for({"key": jax.random.key(0)})

@@ -709,8 +709,16 @@ def _wait_for(params: Tree) -> None:
         last = next(reversed(last.values()))
     if not (isinstance(first, jax.Array) and isinstance(last, jax.Array)):
         jax.block_until_ready(params)
-    elif not (first.is_ready() and last.is_ready()):  # type: ignore[attr-defined]
+    elif not (_is_there(first) and _is_there(last)):
         jax.block_until_ready((first, last))  # lets go of the interpreter, which the link may take
+
+
+def _is_there(array: Any) -> bool:
+    """Whether an array is known to be ready; not if it is gone, which JAX does not look at (and reads anyway)."""
+    try:
+        return not array.is_deleted() and bool(array.is_ready())
+    except AttributeError:  # of an array that is not one of memory
+        return False
 
 
 def _finite(loss: Any) -> float | None:
