@@ -200,5 +200,9 @@ def test_a_deleted_array_is_an_error_and_no_crash() -> None:
         client._wait_for({"v": jax.numpy.zeros(1), "w": gone})
 
 
-def test_arrays_that_cannot_be_asked_are_waited_for() -> None:
-    client._wait_for({"key": jax.random.key(0)})
+def test_arrays_that_cannot_be_asked_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    array, awaited = object(), []
+    monkeypatch.setattr(jax, "Array", object)
+    monkeypatch.setattr(jax, "block_until_ready", awaited.append)
+    client._wait_for({"w": array})
+    assert awaited == [(array, array)]
