@@ -316,55 +316,66 @@ def stand_in(gpu=None, seed=0):
                 stream.synchronize()
             return out
 
-    class ElementwiseKernel:
-        def __init__(self, in_params, out_params, operation, name="kernel", options=()):
-            assert name.startswith("esync_")
-            # What is computed here is rounded after every operation.
-            assert options == (() if out_params.startswith("raw ") else ("-fmad=false",))
-            self.names = [each.split()[-1] for each in in_params.split(", ")]
-            assert all(each.split()[:-1] == ["float32"] for each in in_params.split(", "))
-            self.raw = out_params.startswith("raw ")
-            self.output = out_params.split()[-1]
-            # The one statement among the kernels that is not Python too.
-            self.operation = re.sub(
-                r"if \(!isfinite\((\w+)\)\) (\w+)\[0\] = 1",
-                r"\2[0] |= not isfinite(\1).all()",
-                operation,
+    class RawModule:
+        def __init__(self, *, code, options=()):
+            assert options == (
+                "-fmad=false",
+            )  # what is computed here is rounded after every operation
+            found = re.findall(
+                r'extern "C" __global__ void (\w+)\((.*?)\)\n\{\n(.*?)\n\}', code, re.S
+            )
+            self.functions = {name: (inputs.split(", "), body) for name, inputs, body in found}
+            self.compiled_on = None
+
+        def compile(self):
+            self.compiled_on = current_device()
+
+        def get_function(self, name):
+            assert self.compiled_on == current_device()
+            return Function(*self.functions[name], self.compiled_on)
+
+    class Function:
+        """A kernel, given a thread for each element; like CUDA it believes whatever it is told."""
+
+        def __init__(self, inputs, body, device):
+            self.types, self.names = zip(*(each.rsplit(" ", 1) for each in inputs), strict=True)
+            self.device = device
+            first, self.what = body.strip().split("\n    ")
+            assert first == (
+                "const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;"
             )
 
-        def __call__(self, *values):
-            values = list(values)
-            target = values.pop() if len(values) > len(self.names) else None
-            names, arrays = {}, []
-            for name, value in zip(self.names, values, strict=True):
-                assert value.dtype == np.float32, name
-                if isinstance(value, ndarray):
+        def __call__(self, grid, block, args, *, shared_mem=0):
+            assert self.device == current_device(), "the kernel is another device's"
+            given = dict(zip(self.names, args, strict=True))
+            for kind, (name, value) in zip(self.types, given.items(), strict=True):
+                if kind.endswith("*"):
                     assert value.device.id == current_device(), "the array is another device's"
-                    arrays.append(value)
-                    value = value.now()  # a launch does not keep the array alive
-                names[name] = value
-            if target is None:
-                assert not self.raw, "Output array size is Undecided"
-                target = ndarray(arrays[0].shape, np.float32)
-            assert self.raw or target.shape == arrays[0].shape, "Out shape is mismatched"
+                    assert (
+                        kind.removeprefix("const ")
+                        == {"float32": "float*", "int32": "int*"}[value.dtype.name]
+                    ), name
+                    given[name] = value.now()  # a launch does not keep the array alive
+                else:
+                    assert type(value) is {"float": np.float32, "long long": int}[kind], name
+            size = given["size"]
+            assert size <= grid[0] * block[0] < size + block[0], "not a thread for each element"
             schedule.kernels += 1
-            written = target.now()
 
             def run():
-                names[self.output] = written if self.raw else None
                 with np.errstate(all="ignore"):
-                    exec(self.operation, {"sqrt": np.sqrt, "isfinite": np.isfinite}, names)
-                if not self.raw:
-                    written[...] = names[self.output]
+                    self.run(given, size)
 
             get_current_stream().put(run)
-            return target
 
-    def full(shape, fill_value, dtype=None):
-        new = ndarray(shape, dtype)
-        target = new.now()
-        get_current_stream().put(lambda: target.fill(fill_value))
-        return new
+        def run(self, given, size):
+            if self.what == "if (i < size && !isfinite(x[i])) *bad = 1;":
+                given["bad"][0] |= not np.isfinite(given["x"][:size]).all()
+                return
+            (expression,) = re.fullmatch(r"if \(i < size\) out\[i\] = (.*);", self.what).groups()
+            vectors = {n: x[:size] if isinstance(x, np.ndarray) else x for n, x in given.items()}
+            value = eval(expression.replace("[i]", ""), {"sqrtf": np.sqrt}, vectors)
+            given["out"][:size] = value
 
     def from_dlpack(array):
         kind, device = array.__dlpack_device__()
@@ -404,7 +415,7 @@ def stand_in(gpu=None, seed=0):
             stream.synchronize()
 
     cupy.memories, cupy.opened = memories, opened
-    cupy.ndarray, cupy.ElementwiseKernel, cupy.full = ndarray, ElementwiseKernel, full
+    cupy.ndarray, cupy.RawModule = ndarray, RawModule
     cupy.empty = ndarray
     cupy.from_dlpack = from_dlpack
     cupy.cuda = types.SimpleNamespace(

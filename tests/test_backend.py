@@ -346,11 +346,41 @@ def test_every_operation_on_a_gpu_is_one_kernel(cupy):
         lambda: gpu.adaptive(a, b, c, 0.5, 0.5),
         lambda: gpu.weighted_sum([a] * MOST, [1.0] * MOST),
         lambda: gpu.stepped(a, 0.5, [b] * MOST, [1.0] * MOST),
+        lambda: gpu.filled(a, 2.0),
         lambda: gpu.is_finite(a),
     ):
         before = cupy.schedule.kernels
         operation()
         assert cupy.schedule.kernels == before + 1
+
+
+def test_what_nothing_on_the_device_would_look_at_is_looked_at_before(cupy):
+    gpu = CupyBackend()
+    four, five = (gpu.load(frame(np.ones(n))) for n in (4, 5))
+    before = cupy.schedule.kernels
+    for operation in (
+        lambda: gpu.add_scaled(four, five, 1.0),
+        lambda: gpu.add_scaled(five, four, 1.0),
+        lambda: gpu.scaled(four, 1.0, five),
+        lambda: gpu.weighted_sum([five, four], [1.0, 1.0]),
+    ):
+        with pytest.raises(ValueError, match=r"vectors of [45] and of [45] elements"):
+            operation()
+    with pytest.raises(ValueError, match=r"add_2 takes \(2, 2\) operands, not \(2, 1\)"):
+        gpu.weighted_sum([four, four], [1.0])
+    assert cupy.schedule.kernels == before
+
+
+def test_a_gpu_that_cannot_be_compiled_for_is_said_to_be_so(cupy, monkeypatch):
+    def fail(self):
+        raise RuntimeError("libnvrtc.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(cupy.RawModule, "compile", fail)
+    with pytest.raises(
+        DeviceError,
+        match=r"device 0 .*libnvrtc.*pip install 'esync\[cuda12\]'; or use --device cpu",
+    ):
+        backend_for("cuda")
 
 
 def test_a_gpu_that_is_not_there_is_said_to_be_so(cupy):

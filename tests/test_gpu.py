@@ -192,6 +192,50 @@ def test_who_has_opened_memory_reads_it_when_its_owner_was_killed():
     region.close()
 
 
+def learned_from_workers_on_the_host(device, **options):
+    """The final model of a run whose workers have NumPy's arrays and whose parameter servers average on the device."""
+    config = RunConfig(workers=3, rounds=30, **options)
+
+    def learn(worker):
+        params = worker.start({"w": np.zeros(LAYOUT.size, np.float32)})
+        target = vector(int(worker.name[1:]))
+        while not worker.stopped:
+            params = worker.step({"w": params["w"] - np.float32(0.3) * (params["w"] - target)})
+        return params["w"]
+
+    with Cluster(config, "tcp", device=device) as cluster:
+        threads = [cluster.train(f"w{rank}", learn, rank=rank) for rank in range(3)]
+        finals = [thread.result() for thread in threads]
+        cluster.finish()
+        assert cluster.refused() == {}
+    for final in finals[1:]:
+        np.testing.assert_array_equal(final, finals[0])
+    return finals[0]
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"outer": outer} for outer in ("sgd", "momentum", "nesterov", "adam")),
+        {"weights": "fednova", "ema": 0.9},
+        {"shared_memory": False, "chunk_mib": 8},
+        {"compression": "bf16", "ps": 2},
+    ],
+    ids=str,
+)
+def test_a_run_that_is_averaged_on_a_device_makes_numpy_s_model(options):
+    there, here = (
+        learned_from_workers_on_the_host(device, mode="sync", **options)
+        for device in ("cuda", "cpu")
+    )
+    bound = (
+        0.02 if "compression" in options else 1e-4
+    )  # a difference in rounding can be one of bf16's
+    np.testing.assert_allclose(there, here, rtol=bound, atol=bound)
+    assert np.abs(here).mean() > 0.3, "it has learned"
+
+
 WORKER = """
 import hashlib, json, sys
 import jax.numpy as jnp

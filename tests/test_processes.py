@@ -220,12 +220,12 @@ ERRORS = {
         r"cannot show metrics at 192.0.2.1:9100: .*--metrics-port",
     ),
     "no GPU for a worker": (
-        ["esync.worker.cli", "--device", "gpu:0"],
-        r"JAX finds no gpu on this machine.*use --device cpu",
+        ["esync.worker.cli", "--device", "gpu:99"],
+        r"(JAX finds no gpu on this machine.*use --device cpu|this machine has \d+ gpu devices)",
     ),
     "no CUDA for the parameter server": (
-        ["esync.ps.cli", "--device", "cuda"],
-        r"(needs CuPy|no CUDA device).*use --device cpu",
+        ["esync.ps.cli", "--device", "cuda:99"],
+        r"(needs CuPy.*use --device cpu|no CUDA device 99: this machine has)",
     ),
     "no such file": (["esync.run.cli", "nowhere.toml"], r"cannot read nowhere.toml: No such file"),
     "no such run": (["esync.report.cli", "nowhere"], r"cannot read nowhere"),

@@ -6,14 +6,14 @@ ZeroMQ send a model without a copy while the next one is already being made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from esync.compression import is_finite, squared_norm
 from esync.errors import DeviceError
+from esync.ps.kernels import MOST, Kernels
 from esync.ps.staging import Staging
 from esync.tensors import Vector
 
@@ -207,8 +207,6 @@ class NumpyBackend:
         return np.asarray(x)
 
 
-MOST = 16
-"""Vectors that one kernel adds up; more are added up by several, one after the other."""
 LOOKS = 64
 """Vectors that are looked at together, at most: the host waits once for all of them."""
 LOOK_BYTES = 128 << 20
@@ -216,21 +214,14 @@ LOOK_BYTES = 128 << 20
 than the host waits."""
 
 
-def _weighted(count: int) -> tuple[str, str]:
-    """The inputs and the expression of a kernel that adds up so many vectors."""
-    inputs = ", ".join(f"float32 x{i}, float32 w{i}" for i in range(count))
-    return inputs, " + ".join(f"w{i} * x{i}" for i in range(count))
-
-
 class CupyBackend:
     """On a CUDA device: chunks go through pinned memory into device memory (`esync.ps.staging`) and are added up there.
 
-    Every operation is one kernel that reads each operand once and writes its result once. They run one after the other
-    on a stream of their own; nothing waits for them but `host`, `is_finite` and `are_finite`. Any thread may call, one
-    at a time.
+    Every operation is one kernel (`esync.ps.kernels`). They run one after the other on a stream of their own; nothing
+    waits for them but `host`, `is_finite` and `are_finite`. Any thread may call, one at a time.
 
     Raises:
-        DeviceError: CuPy is not installed, or there is no such device.
+        DeviceError: CuPy is not installed or lacks what it needs, or there is no such device.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -253,7 +244,6 @@ class CupyBackend:
         self.name = f"cuda:{index}"
         self.cuda: int | None = index
         self.at_once = LOOK_BYTES
-        self._cupy = cupy
         self._device = cupy.cuda.Device(index)
         with self._device:
             self._sums = cupy.cuda.Stream(non_blocking=True)
@@ -263,55 +253,13 @@ class CupyBackend:
             self._each_bad = [self._bad[at : at + 1] for at in range(LOOKS)]
         self._bad_here = np.ndarray((LOOKS,), np.int32, cupy.cuda.alloc_pinned_memory(4 * LOOKS))
         self._staging = Staging(cupy, self._device, self._sums)
-        self._find_bad = cupy.ElementwiseKernel(
-            "float32 x", "raw int32 bad", "if (!isfinite(x)) bad[0] = 1", "esync_find_bad"
-        )
-        self._blend_square = self._kernel(
-            "blend_square",
-            "float32 a, float32 alpha, float32 b, float32 beta",
-            "alpha * a + beta * b * b",
-        )
-        self._compensate = self._kernel(
-            "compensate",
-            "float32 base, float32 delta, float32 drift, float32 strength, float32 scale",
-            "base + scale * (delta - strength * delta * delta * drift)",
-        )
-        self._adapt = self._kernel(
-            "adapt",
-            "float32 base, float32 m, float32 v, float32 scale, float32 epsilon",
-            "base + scale * m / (sqrt(v) + epsilon)",
-        )
-        self._add_up, self._step = [], []
-        for n in range(1, MOST + 1):
-            inputs, total = _weighted(n)
-            self._add_up.append(self._kernel(f"add_{n}", inputs, total))
-            step = f"float32 base, float32 scale, {inputs}", f"base + scale * ({total})"
-            self._step.append(self._kernel(f"step_{n}", *step))
-
-    def _kernel(self, name: str, inputs: str, expression: str) -> Callable[..., Array]:
-        """`kernel(*operands, out=None)`, on the stream of the sums; a new vector, or `out`, which may be an operand."""
-        # Without multiplying and adding in one rounding: which of them would be one depends on the expression, and what
-        # comes through one kernel or through two is to be the same.
-        kernel = self._cupy.ElementwiseKernel(
-            inputs,
-            "float32 out",
-            f"out = {expression}",
-            f"esync_{name}",
-            options=("-fmad=false",),
-        )
-
-        def launch(*operands: Any, out: Array | None = None) -> Array:
-            values = [np.float32(x) if isinstance(x, float) else x for x in operands]
-            with self._device, self._sums:  # also where a new vector's memory will be used again
-                return kernel(*values) if out is None else kernel(*values, out)
-
-        return launch
+        self._kernels = Kernels(cupy, self._device, self._sums)
 
     def load(self, x: Array) -> Array:
         return self._staging.load(x) if isinstance(x, np.ndarray) else x
 
     def copied(self, x: Array, out: Array | None = None) -> Array:
-        return self._add_up[0](x, 1.0, out=out)
+        return self._kernels.add[0]([x], [1.0], out)
 
     def wait(self) -> None:
         with self._device:
@@ -328,7 +276,7 @@ class CupyBackend:
             with self._device, self._sums:
                 self._bad.data.memset_async(0, self._bad.nbytes, self._sums)
                 for x, bad in zip(some, self._each_bad, strict=False):
-                    self._find_bad(x, bad)
+                    self._kernels.find_bad(x, bad)
                 self._bad.get(stream=self._sums, out=self._bad_here, blocking=False)
                 self._looked.record(self._sums)
                 self._looked.synchronize()
@@ -339,28 +287,26 @@ class CupyBackend:
         return squared_norm(self.host(x))
 
     def filled(self, x: Array, value: float) -> Array:
-        with self._device, self._sums:
-            return self._cupy.full(x.size, value, np.float32)
+        return self._kernels.fill([x], [value])
 
     def scaled(self, x: Array, weight: float, out: Array | None = None) -> Array:
-        return self._add_up[0](x, weight, out=out)
+        return self._kernels.add[0]([x], [weight], out)
 
     def add_scaled(self, total: Array, x: Array, weight: float) -> None:
-        self._add_up[1](total, 1.0, x, weight, out=total)
+        self._kernels.add[1]([total, x], [1.0, weight], total)
 
     def blend(
         self, a: Array, alpha: float, b: Array, beta: float, out: Array | None = None
     ) -> Array:
-        return self._add_up[1](a, alpha, b, beta, out=out)
+        return self._kernels.add[1]([a, b], [alpha, beta], out)
 
     def weighted_sum(
         self, xs: Sequence[Array], weights: Sequence[float], out: Array | None = None
     ) -> Array:
-        terms = list(zip(xs, weights, strict=True))
-        while len(terms) > MOST:
-            out = self._add_up[-1](*chain(*terms[:MOST]), out=out)
-            terms = [(out, 1.0), *terms[MOST:]]
-        return self._add_up[len(terms) - 1](*chain(*terms), out=out)
+        while len(xs) > MOST:
+            out = self._kernels.add[-1](xs[:MOST], weights[:MOST], out)
+            xs, weights = [out, *xs[MOST:]], [1.0, *weights[MOST:]]
+        return self._kernels.add[len(xs) - 1](xs, weights, out)
 
     def stepped(
         self,
@@ -373,19 +319,18 @@ class CupyBackend:
         if len(xs) > MOST:
             total = self.weighted_sum(xs, weights, out)
             return self.blend(base, 1.0, total, scale, total)
-        terms = chain(*zip(xs, weights, strict=True))
-        return self._step[len(xs) - 1](base, scale, *terms, out=out)
+        return self._kernels.step[len(xs) - 1]([base, *xs], [scale, *weights], out)
 
     def blend_square(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
-        return self._blend_square(a, alpha, b, beta)
+        return self._kernels.blend_square([a, b], [alpha, beta])
 
     def compensated(
         self, base: Array, delta: Array, drift: Array, strength: float, scale: float
     ) -> Array:
-        return self._compensate(base, delta, drift, strength, scale)
+        return self._kernels.compensate([base, delta, drift], [strength, scale])
 
     def adaptive(self, base: Array, m: Array, v: Array, scale: float, epsilon: float) -> Array:
-        return self._adapt(base, m, v, scale, epsilon)
+        return self._kernels.adapt([base, m, v], [scale, epsilon])
 
     def host(self, x: Array) -> Vector:
         return self._staging.host(x)
