@@ -150,13 +150,16 @@ def keep_memory(*, one_arena: bool = False) -> None:
             memory.
     """
     trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8  # malloc.h
+    heap = (
+        64 << 20
+    )  # of an arena's heaps, each as large, an empty one is kept if the padding is no less
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
     mallopt(mmap_threshold, 32 << 20)
     mallopt(trim_threshold, 1 << 30)
-    mallopt(top_pad, 32 << 20)
+    mallopt(top_pad, heap)
     if one_arena:
         mallopt(arena_max, 1)
 

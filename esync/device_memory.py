@@ -49,6 +49,8 @@ def unsupported() -> str:
         import cupy
     except ImportError:
         return "CuPy is not installed: pip install 'esync[cuda12]'"
+    except Exception as error:  # it makes its cache's directory, for one
+        return f"CuPy cannot be imported: {error}. If it has no directory to write to, set CUPY_CACHE_DIR"
     try:
         if cupy.cuda.runtime.getDeviceCount() == 0:
             return "this machine has no CUDA device"

@@ -359,6 +359,7 @@ def stand_in(gpu=None, seed=0):
                 else:
                     assert type(value) is {"float": np.float32, "long long": int}[kind], name
             size = given["size"]
+            assert block[0] <= 1024, "more threads than a block can have"
             assert size <= grid[0] * block[0] < size + block[0], "not a thread for each element"
             schedule.kernels += 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from esync import tensors
+from esync import device_memory, tensors
 from esync.config import RunConfig
 from esync.errors import DeviceError
 from esync.messages import INITIAL
@@ -177,6 +178,19 @@ def test_a_weighted_sum_is_what_its_terms_one_after_the_other_are(backend, count
     xs[0] = backend.scaled(xs[0], 1.0)
     assert backend.weighted_sum(xs, weights, xs[0]) is xs[0]
     np.testing.assert_allclose(backend.host(xs[0]), expected, **near)
+
+
+@pytest.mark.parametrize("count", [1, 2, MOST, MOST + 1, 3 * MOST])
+def test_a_step_is_what_a_sum_and_a_blend_are_to_the_bit(backend, count):
+    random = np.random.default_rng(count)
+    base, *xs = (backend.load(frame(random.normal(size=7))) for _ in range(count + 1))
+    weights = [float(x) for x in random.normal(size=count)]
+    total = backend.weighted_sum(xs, weights)
+    expected = backend.host(backend.blend(base, 1.0, total, 0.7)).copy()
+    np.testing.assert_array_equal(backend.host(backend.stepped(base, 0.7, xs, weights)), expected)
+    out = backend.filled(base, 9.0)
+    assert backend.stepped(base, 0.7, xs, weights, out) is out
+    np.testing.assert_array_equal(backend.host(out), expected)
 
 
 # The GPU's calls on the stand-in: what waits for what, and what is used again. Not CUDA.
@@ -364,23 +378,31 @@ def test_what_nothing_on_the_device_would_look_at_is_looked_at_before(cupy):
         lambda: gpu.scaled(four, 1.0, five),
         lambda: gpu.weighted_sum([five, four], [1.0, 1.0]),
     ):
-        with pytest.raises(ValueError, match=r"vectors of [45] and of [45] elements"):
+        with pytest.raises(
+            ValueError,
+            match=r"expected [45] elements of float32 on the device, not [45] of float32",
+        ):
             operation()
+    for other in (np.ones(4, np.float32), cupy.ndarray(4, np.float64), cupy.ndarray(4, np.float16)):
+        with pytest.raises(ValueError, match=f"float32 on the device, not 4 of {other.dtype}"):
+            gpu.add_scaled(four, other, 1.0)
     with pytest.raises(ValueError, match=r"add_2 takes \(2, 2\) operands, not \(2, 1\)"):
         gpu.weighted_sum([four, four], [1.0])
     assert cupy.schedule.kernels == before
 
 
 def test_a_gpu_that_cannot_be_compiled_for_is_said_to_be_so(cupy, monkeypatch):
-    def fail(self):
-        raise RuntimeError("libnvrtc.so.12: cannot open shared object file")
+    def fail(self, *args):
+        raise RuntimeError("libnvrtc.so.12: cannot open shared object file:\n  looked at ...")
 
-    monkeypatch.setattr(cupy.RawModule, "compile", fail)
-    with pytest.raises(
-        DeviceError,
-        match=r"device 0 .*libnvrtc.*pip install 'esync\[cuda12\]'; or use --device cpu",
-    ):
-        backend_for("cuda")
+    for step in ("compile", "get_function"):
+        with monkeypatch.context() as patch:
+            patch.setattr(cupy.RawModule, step, fail)
+            with pytest.raises(DeviceError) as refused:
+                backend_for("cuda")
+        said = str(refused.value)
+        assert re.search(r"device 0 .*libnvrtc.*'esync\[cuda12\]'.*or use --device cpu", said)
+        assert "\n" not in said
 
 
 def test_a_gpu_that_is_not_there_is_said_to_be_so(cupy):
@@ -401,6 +423,16 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(DeviceError, match=r"pip install 'esync\[cuda12\]', or use --device cpu"):
         backend_for("cuda")
+
+
+def test_a_cupy_that_cannot_be_imported_is_said_to_be_so(monkeypatch, tmp_path):
+    """It makes a directory for its kernels when it is imported."""
+    (tmp_path / "cupy.py").write_text("open('/nowhere/cache')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    with pytest.raises(DeviceError, match=r"/nowhere/cache.*CUPY_CACHE_DIR; or use --device cpu"):
+        backend_for("cuda")
+    assert re.search(r"/nowhere/cache.*CUPY_CACHE_DIR", device_memory.unsupported())
 
 
 @pytest.mark.parametrize("device", ["", "gpu", "cuda:x", "cuda:-1", "cpu:0", "CUDA"])

@@ -80,23 +80,13 @@ def launched(library, name, vectors, numbers, blocks=-(-SIZE // THREADS)):
 def test_kernels_make_numpy_s_vectors_to_the_bit(library):
     cpu = NumpyBackend()
     a, b, c = (vector(seed) for seed in range(3))
-    squares = c * c
-    for there, here in (
-        (launched(library, "fill", [a], [0.3]), cpu.filled(a, 0.3)),
-        (
-            launched(library, "adapt", [a, b, squares], [0.3, 0.1]),
-            a + np.float32(0.3) * b / (np.sqrt(squares) + np.float32(0.1)),
-        ),
-        (
-            launched(library, "compensate", [a, b, c], [0.3, 0.7]),
-            a + np.float32(0.7) * (b - np.float32(0.3) * b * b * c),
-        ),
-        (
-            launched(library, "blend_square", [a, b], [0.3, 0.7]),
-            np.float32(0.3) * a + np.float32(0.7) * b * b,
-        ),
+    for name, vectors, numbers, here in (
+        ("fill", [a], [0.3], cpu.filled(a, 0.3)),
+        ("adapt", [a, b, c * c], [0.3, 0.1], cpu.adaptive(a, b, c * c, 0.3, 0.1)),
+        ("compensate", [a, b, c], [0.3, 0.7], cpu.compensated(a, b, c, 0.3, 0.7)),
+        ("blend_square", [a, b], [0.3, 0.7], cpu.blend_square(a, 0.3, b, 0.7)),
     ):
-        np.testing.assert_array_equal(there, here)
+        np.testing.assert_array_equal(launched(library, name, vectors, numbers), here, name)
 
 
 @pytest.mark.parametrize("count", range(1, MOST + 1))

@@ -225,7 +225,7 @@ ERRORS = {
     ),
     "no CUDA for the parameter server": (
         ["esync.ps.cli", "--device", "cuda:99"],
-        r"(needs CuPy.*use --device cpu|no CUDA device 99: this machine has)",
+        r"((needs CuPy|no CUDA device: ).*use --device cpu|no CUDA device 99: this machine has)",
     ),
     "no such file": (["esync.run.cli", "nowhere.toml"], r"cannot read nowhere.toml: No such file"),
     "no such run": (["esync.report.cli", "nowhere"], r"cannot read nowhere"),

@@ -82,15 +82,15 @@ class Backend(Protocol):
         bit; a GPU in one pass. A new vector, or `out`."""
 
     def blend_square(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
-        """A new vector `alpha * a + beta * b * b`: a mean of squares that moves on."""
+        """A new vector `alpha * a + beta * (b * b)`: a mean of squares that moves on."""
 
     def compensated(
         self, base: Array, delta: Array, drift: Array, strength: float, scale: float
     ) -> Array:
-        """A new vector `base + scale * (delta - strength * delta * delta * drift)`: DC-ASGD's step."""
+        """A new vector `base + scale * (delta - strength * (delta * delta * drift))`: DC-ASGD's step."""
 
     def adaptive(self, base: Array, m: Array, v: Array, scale: float, epsilon: float) -> Array:
-        """A new vector `base + scale * m / (sqrt(v) + epsilon)`: Adam's step."""
+        """A new vector `base + scale * (m / (sqrt(v) + epsilon))`: Adam's step."""
 
     def host(self, x: Array) -> Vector:
         """The vector in host memory; on the CPU without a copy."""
@@ -231,6 +231,11 @@ class CupyBackend:
             raise DeviceError(
                 "device cuda needs CuPy: pip install 'esync[cuda12]', or use --device cpu"
             ) from error
+        except Exception as error:  # it makes its cache's directory, for one
+            raise DeviceError(
+                f"CuPy cannot be imported: {error}. If it has no directory to write to, set CUPY_CACHE_DIR; or use "
+                "--device cpu"
+            ) from error
         try:
             count = int(cupy.cuda.runtime.getDeviceCount())
         except Exception as error:
@@ -251,7 +256,8 @@ class CupyBackend:
         with self._device, self._sums:
             self._bad = cupy.empty(LOOKS, np.int32)
             self._each_bad = [self._bad[at : at + 1] for at in range(LOOKS)]
-        self._bad_here = np.ndarray((LOOKS,), np.int32, cupy.cuda.alloc_pinned_memory(4 * LOOKS))
+            pinned = cupy.cuda.alloc_pinned_memory(4 * LOOKS)
+        self._bad_here = np.ndarray((LOOKS,), np.int32, pinned)
         self._staging = Staging(cupy, self._device, self._sums)
         self._kernels = Kernels(cupy, self._device, self._sums)
 

@@ -101,7 +101,8 @@ class Staging:
         return self._cupy.cuda.Event(disable_timing=True)
 
     def _in_pinned_memory(self, size: int) -> Vector:
-        memory = self._cupy.cuda.alloc_pinned_memory(size * 4)
+        with self._device:
+            memory = self._cupy.cuda.alloc_pinned_memory(size * 4)
         return np.ndarray((size,), np.float32, memory)
 
     def _buffer(self, size: int) -> _Buffer:
