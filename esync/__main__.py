@@ -13,6 +13,7 @@ COMMANDS = {
     "ps": "The parameter server: averages.",
     "worker": "A worker, or with --evaluate an evaluator.",
     "run": "All roles of a cluster file on this machine.",
+    "sim": "A cluster file in virtual time, with real gradients.",
     "status": "The live table of any run.",
     "report": "Finished runs side by side.",
     "keys": "The keys of a cluster: made, listed, revoked.",

@@ -379,7 +379,7 @@ class PsConfig:
 class WorkerConfig:
     """`[[workers]]`: one worker, or `count` equal ones."""
 
-    name: str = _option("", "The worker's id (default: host name and process id).")
+    name: str = _option("", "The worker's id (default: host name and six digits by chance).")
     count: int = _option(1, "How many of these (esync-run).", low=1, high=10_000)
     device: str = _option("cpu", "Where to train: cpu, gpu or gpu:N.")
     keys: str = _option(

@@ -984,6 +984,13 @@ def test_an_evaluator_that_is_heard_may_take_longer_over_the_final_model():
     server.gets(Join("judge", "evaluator"))
     server.gets(StopRun("interrupted"))
     server.gets(Leave("a"))
+    server.said.clear()
+    for _ in range(3):
+        server.tick(3.0)
+    waits = (
+        "waiting for judge to evaluate the last version, at most 10 minutes; Ctrl-C does without"
+    )
+    assert server.said == [waits]
     assert to("ps", server.tick(10 * GOODBYE_S)) == []
     server.gets(Report("judge", 0, 0, "eval", accuracy=0.5))
     assert to("ps", server.gets(Leave("judge"))) == [Leave("ps", "interrupted")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -227,6 +228,13 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(
     run.rounds(5)
     run.end()
     assert list((run.directory / "checkpoints").glob("*")), "one at the end"
+    ended = (run.directory / "summary.json").read_bytes()
+    refused = run.start_state("tcp://127.0.0.1:*")
+    assert refused.wait(30) == 1
+    said = r"run has a run at version \d+: go on with it \(--resume\), or choose another --run-dir"
+    assert re.search(said, processes.output("state"))
+    assert (run.directory / "summary.json").read_bytes() == ended
+    (run.directory / "state.json").unlink()
     state = run.start_state("tcp://127.0.0.1:*")
     match = processes.until(
         lambda: (
@@ -259,6 +267,14 @@ def test_a_run_that_has_ended_is_gone_on_with(processes, tmp_path):
     )
     assert first.wait(90) == 0, processes.output("first")
     before = json.loads((runs / "it" / "summary.json").read_text())
+    nothing = processes.start(
+        "nothing", "esync.run.cli", str(runs / "it" / "cluster.toml"), "--resume"
+    )
+    assert nothing.wait(30) == 1
+    assert "has had its 12 rounds (12); to go on, give a larger --rounds" in processes.output(
+        "nothing"
+    )
+    assert json.loads((runs / "it" / "summary.json").read_text()) == before
     again = processes.start(
         "again", "esync.run.cli", str(runs / "it" / "cluster.toml"), "--resume", "--rounds", "30"
     )

@@ -338,12 +338,21 @@ def test_an_evaluator_sees_models_and_its_accuracies_are_in_the_summary() -> Non
     config = RunConfig(mode="esync", workers=1, duration_s=1.5, evaluate_every_s=0.1)
     with Cluster(config) as cluster:
         cluster.train("w0", quadratic(0.0, lr=0.02, step_s=0.01))
+        phases: set[str] = set()
 
         def evaluate() -> list[int]:
             versions = []
             with cluster.worker("evaluator", role="evaluator") as worker:
+                pause = worker.pause
+
+                def look_and_pause(seconds: float) -> None:
+                    phases.add(worker._shared.phase)
+                    pause(seconds)
+
+                worker.pause = look_and_pause  # type: ignore[method-assign]
                 for version, params, _ in worker.watch({"w": START}):
                     versions.append(version)
+                    phases.add(worker._shared.phase)
                     worker.report_accuracy(version, 1 / (1 + float(params["w"][5])), 0.5, 0.01)
             return versions
 
@@ -353,6 +362,7 @@ def test_an_evaluator_sees_models_and_its_accuracies_are_in_the_summary() -> Non
     assert versions == sorted(set(versions))
     assert [row["round"] for row in summary["accuracy"]] == versions
     assert versions[-1] == summary["rounds"], "the final model is evaluated"
+    assert phases == {"eval", "idle"}
     assert summary["final_accuracy"] > summary["accuracy"][0]["accuracy"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import signal
 import time
@@ -80,7 +81,7 @@ def main(
     config.check_names(cluster.run)
     cluster.each_worker()
     directory = (
-        _earlier(file)
+        _earlier(file, cluster.run)
         if resume
         else cli.results_directory(file, name, runs, cluster.run.mode, force)
     )
@@ -116,13 +117,32 @@ def main(
         click.get_current_context().exit(130)
 
 
-def _earlier(file: str) -> Path:
-    """The directory of an earlier run, whose configuration this is."""
+def _earlier(file: str, run: RunConfig) -> Path:
+    """The directory of an earlier run, whose configuration this is, and of which there is something left to do.
+
+    Raises:
+        ConfigError: it is none, or it has ended.
+    """
     path = Path(file)
     if path.name != "cluster.toml" or not (path.parent / "state.json").exists():
         raise ConfigError(
             f"--resume: {file} is not an earlier run's; give its runs/NAME/cluster.toml"
         )
+    saved_at = path.parent / "state.json"
+    try:
+        saved = json.loads(saved_at.read_text(encoding="utf-8"))
+        elapsed, version = float(saved["elapsed_s"] or 0.0), int(saved["history"]["version"])
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"{saved_at} cannot be gone on from: {error!r}") from error
+    for done, limit, option, unit in (
+        (elapsed, run.duration_s, "--duration", "seconds"),
+        (version, run.rounds, "--rounds", "rounds"),
+    ):
+        if limit and done >= limit:
+            raise ConfigError(
+                f"--resume: the run in {path.parent} has had its {limit:g} {unit} ({done:.0f}); to go on, give a "
+                f"larger {option}"
+            )
     return path.parent
 
 

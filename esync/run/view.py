@@ -23,6 +23,7 @@ PHASES = {
     "query": "asking",
     "sync": "synchronising",
     "eval": "evaluating",
+    "idle": "idle",
     "leaving": "leaving",
 }
 """A worker's phase -> the word for it."""

@@ -55,6 +55,8 @@ GOODBYE_S = 20.0
 """How long a stopped run waits for its members to say goodbye."""
 EVALUATION_S = 600.0
 """How long it waits for an evaluator that still evaluates the final model."""
+LAST_LOOK_S = 2.0
+"""After so long it says that it waits for an evaluator."""
 PROGRESS_S = 10.0
 """Seconds between two lines of progress."""
 SUSPICION = 1.5
@@ -165,6 +167,7 @@ class Handlers:
         self._round_at = 0.0  # when the version that is trained from was published
         self._stopped_at = 0.0
         self._last_waiting = ""
+        self._last_look_said = False
         self.faults = FaultLog(log)
         self._watching: dict[bytes, float] = {}  # who asked for the table, and when it was answered
         self._impatient: set[bytes] = (
@@ -791,7 +794,9 @@ class Handlers:
                 self.stop(f"{limit:g} seconds")
             self._say_waiting()
             self._say_progress(now)
-        elif now - self._stopped_at > GOODBYE_S:
+        if self.stopped is not None and now - self._stopped_at > LAST_LOOK_S:
+            self._say_last_look()
+        if self.stopped is not None and now - self._stopped_at > GOODBYE_S:
             for record in list(self.table.records.values()):
                 # An evaluator may evaluate the last version for as long as it is heard of.
                 if record.role != "evaluator" or now - self._stopped_at > EVALUATION_S:
@@ -810,6 +815,16 @@ class Handlers:
         wanted = {id(join.layout) for w, (join, _) in self._waiting.items() if w != but}
         kept = self._waiting_layouts.items()
         self._waiting_layouts = {digest: x for digest, x in kept if id(x) in wanted}
+
+    def _say_last_look(self) -> None:
+        """What a run that has ended still waits for."""
+        evaluators = [r.worker for r in self.table.records.values() if r.role == "evaluator"]
+        if evaluators and not self._last_look_said:
+            self._last_look_said = True
+            self._say(
+                f"waiting for {', '.join(evaluators)} to evaluate the last version, at most "
+                f"{EVALUATION_S / 60:.0f} minutes; Ctrl-C does without"
+            )
 
     def _say_waiting(self) -> None:
         text = self.waiting_for()

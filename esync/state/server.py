@@ -47,6 +47,7 @@ class StateServer:
         metrics_port, metrics_bind: where the metrics are; port 0: nowhere.
 
     Raises:
+        ConfigError: there is another run in `run_dir`, which is not to be gone on with, or cannot be.
         TransportError: an endpoint cannot be bound.
     """
 
@@ -66,6 +67,9 @@ class StateServer:
         context: zmq.Context[Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
+        self._run_dir = Path(run_dir) if run_dir else None
+        if not resume:
+            self._look_for_another()
         self._context = context or zmq.Context.instance()
         self._socket = transport.router(self._context, keys)
         try:
@@ -74,7 +78,6 @@ class StateServer:
         except BaseException:
             self._socket.close(0)
             raise
-        self._run_dir = Path(run_dir) if run_dir else None
         self._journal = Journal(self._run_dir / "state.jsonl" if self._run_dir else None, "state")
         if self._run_dir:
             (self._run_dir / "endpoint").write_text(self.endpoint + "\n", encoding="utf-8")
@@ -120,6 +123,22 @@ class StateServer:
             self._journal.close()
             self._socket.close()
         return summary
+
+    def _look_for_another(self) -> None:
+        """A run that would be written over."""
+        path = self._run_dir / SAVED if self._run_dir else None
+        if path is None or not path.exists():
+            return
+        try:
+            version = json.loads(path.read_text(encoding="utf-8"))["history"]["version"]
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"{path} is not a run's: {error!r}; choose another --run-dir"
+            ) from error
+        if version > 0:  # else nothing was trained yet
+            raise ConfigError(
+                f"{path.parent} has a run at version {version}: go on with it (--resume), or choose another --run-dir"
+            )
 
     def _restore(self, say: Callable[[str], None]) -> None:
         path = self._run_dir / SAVED if self._run_dir else None

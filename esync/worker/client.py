@@ -53,7 +53,7 @@ class Worker:
         state: the state server's endpoint; everything else comes from there. Default: $ESYNC_STATE, else port
             10010 of this machine.
         name: this worker's id, unique in the run; a worker that comes back under its id keeps its rank.
-            Default: $ESYNC_NAME, else the host's name and the process id.
+            Default: $ESYNC_NAME, else the host's name and six digits by chance.
         rank: the rank asked for; given if it is free. Default: $ESYNC_RANK, else the lowest free one.
         keys: the file NAME.key that esync-keys made for this worker, if the servers have keys. Default: $ESYNC_KEYS.
             Its ids begin with NAME then, and so does the default.
@@ -83,7 +83,7 @@ class Worker:
         keys = keys or os.environ.get(transport.KEYS, "")
         own = load_client(keys) if keys else None
         host = transport.hostname() if own is None or own.name == SERVER else own.name
-        self.name = name or os.environ.get(transport.NAME) or f"{host}-{os.getpid()}"
+        self.name = name or os.environ.get(transport.NAME) or f"{host}-{secrets.token_hex(3)}"
         if rank is None and os.environ.get(transport.RANK, "").isdigit():
             rank = int(os.environ[transport.RANK])
         messages.check_worker_id(self.name)
@@ -588,6 +588,7 @@ class Worker:
         with self._changed:
             self._shared.session = session
         every = self.config.evaluate_every_s
+        self._shared.phase = "idle"
         if every == 0:
             with self._changed:
                 self._wait(lambda: session.final is not None)
@@ -598,7 +599,9 @@ class Worker:
                 return
             params, stats, _ = self._packer.unpack(newest.parts)
             self._base_round = session.round
+            self._shared.phase = "eval"
             yield session.round, params, stats
+            self._shared.phase = "idle"
             self.pause(began + every - time.monotonic())
 
     def _newer_model(self, model: Shards, session: Session) -> Whole | None:
