@@ -150,9 +150,7 @@ def keep_memory(*, one_arena: bool = False) -> None:
             memory.
     """
     trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8  # malloc.h
-    heap = (
-        64 << 20
-    )  # of an arena's heaps, each as large, an empty one is kept if the padding is no less
+    heap = 64 << 20  # an arena's, which is kept when empty if the padding is no less
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
