@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import signal
 import time
@@ -26,6 +25,7 @@ from esync.ps import checkpoint
 from esync.report.compare import comparison, read_summary
 from esync.run import launcher, view
 from esync.run.launcher import Role
+from esync.state.server import saved_in
 from esync.status.inquiry import Inquiry
 
 REFRESH_S = 0.25
@@ -124,19 +124,14 @@ def _earlier(file: str, run: RunConfig) -> Path:
         ConfigError: it is none, or it has ended.
     """
     path = Path(file)
-    if path.name != "cluster.toml" or not (path.parent / "state.json").exists():
+    saved = saved_in(path.parent)
+    if path.name != "cluster.toml" or saved is None:
         raise ConfigError(
             f"--resume: {file} is not an earlier run's; give its runs/NAME/cluster.toml"
         )
-    saved_at = path.parent / "state.json"
-    try:
-        saved = json.loads(saved_at.read_text(encoding="utf-8"))
-        elapsed, version = float(saved["elapsed_s"] or 0.0), int(saved["history"]["version"])
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(f"{saved_at} cannot be gone on from: {error!r}") from error
     for done, limit, option, unit in (
-        (elapsed, run.duration_s, "--duration", "seconds"),
-        (version, run.rounds, "--rounds", "rounds"),
+        (saved.elapsed_s, run.duration_s, "--duration", "seconds"),
+        (saved.version, run.rounds, "--rounds", "rounds"),
     ):
         if limit and done >= limit:
             raise ConfigError(

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,35 @@ SAVED = "state.json"
 """The file in a run's directory from which another life of the state server goes on."""
 SAVE_S, SAVE_SHARE = 1.0, 0.02
 """Seconds between two writings, at least; and what share of the time they may take, in a run with a long history."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How far a run had come.
+
+    Attributes:
+        state: what `Handlers.restore` goes on from.
+    """
+
+    state: dict[str, Any]
+    version: int
+    elapsed_s: float
+
+
+def saved_in(run_dir: Path) -> Saved | None:
+    """What the state server of an earlier life left in a run's directory; None if nothing.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = run_dir / SAVED
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return Saved(state, int(state["history"]["version"]), float(state["elapsed_s"] or 0.0))
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"{path} is not what a state server saved: {error!r}") from error
 
 
 class StateServer:
@@ -126,29 +156,23 @@ class StateServer:
 
     def _look_for_another(self) -> None:
         """A run that would be written over."""
-        path = self._run_dir / SAVED if self._run_dir else None
-        if path is None or not path.exists():
-            return
-        try:
-            version = json.loads(path.read_text(encoding="utf-8"))["history"]["version"]
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        earlier = saved_in(self._run_dir) if self._run_dir else None
+        if earlier is not None and earlier.version > 0:  # else nothing was trained yet
             raise ConfigError(
-                f"{path} is not a run's: {error!r}; choose another --run-dir"
-            ) from error
-        if version > 0:  # else nothing was trained yet
-            raise ConfigError(
-                f"{path.parent} has a run at version {version}: go on with it (--resume), or choose another --run-dir"
+                f"{self._run_dir} has a run at version {earlier.version}: go on with it (--resume), or choose another "
+                "--run-dir"
             )
 
     def _restore(self, say: Callable[[str], None]) -> None:
-        path = self._run_dir / SAVED if self._run_dir else None
-        if path is None or not path.exists():
+        earlier = saved_in(self._run_dir) if self._run_dir else None
+        if earlier is None:
             say("no run to go on with: it begins anew")
             return
         try:
-            self.handlers.restore(json.loads(path.read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            raise ConfigError(f"{path} cannot be gone on from: {error!r}") from error
+            self.handlers.restore(earlier.state)
+        except (KeyError, TypeError, ValueError) as error:
+            text = f"{self._run_dir}/{SAVED} is not what a state server saved: {error!r}"
+            raise ConfigError(text) from error
 
     def _save(self) -> None:
         """Have on disk what another life needs."""
