@@ -112,6 +112,39 @@ def test_a_model_is_newer_when_every_shard_of_it_is():
     assert shards.newer, "also if its versions are older ones"
 
 
+@pytest.mark.parametrize("barrier", [True, False])
+def test_a_model_of_two_rounds_at_once_is_followed_by_all_of_the_later_one(barrier):
+    """Else a worker that nobody waited for, and that is now, waits for the round after the one that waits for it."""
+    layout = Layout((Leaf(DELTA, "w", (6,), "float32"),)).cut(2)
+    shards = Shards(layout, barrier=barrier)
+
+    def arrive(*versions):
+        for assembly, version in zip(shards.assemblies, versions, strict=True):
+            header = Model("x", version, 0, assembly.layout.digest)
+            assembly.add(header, memoryview(np.zeros(3, np.float32).tobytes()))
+
+    arrive(0, 0)
+    shards.begin(shards.newest)
+    arrive(2, 1)
+    assert shards.newer
+    shards.begin(shards.newest)
+    assert not shards.newer
+    arrive(2, 2)
+    assert shards.newer is barrier
+    shards.begin(shards.newest)
+    arrive(3, 2)
+    assert not shards.newer, "its own round has not ended in every shard"
+    arrive(3, 3)
+    assert shards.newer
+    shards.begin(shards.newest)
+    arrive(8, 4)  # a server has gone on from an older version: they differ from now on
+    shards.begin(shards.newest)
+    arrive(8, 5)
+    assert not shards.newer
+    arrive(9, 5)
+    assert shards.newer
+
+
 # Runs
 
 

@@ -214,14 +214,20 @@ class Assembly:
 class Shards:
     """The model as its parameter servers have it: an assembly for each, and what is trained from.
 
+    Args:
+        barrier: a version is a round, which begins in all shards at about the same time.
+
     Attributes:
         begun: of each shard the version from which this worker's round began (-1: none yet).
         lives: of each shard the incarnation of the parameter server whose version that was.
         vectors: memory for updates.
     """
 
-    def __init__(self, layout: Layout, encoding: Encoding | None = None) -> None:
+    def __init__(
+        self, layout: Layout, encoding: Encoding | None = None, *, barrier: bool = False
+    ) -> None:
         self.layout = layout
+        self._barrier, self._uneven = barrier, False
         self.assemblies = [Assembly(layout.shard(k), encoding) for k in range(layout.shards)]
         self.begun = (-1,) * layout.shards
         self.lives = ("",) * layout.shards
@@ -249,16 +255,25 @@ class Shards:
 
     @property
     def newer(self) -> bool:
-        """Whether there is a model newer than the one that is trained from, in every shard."""
+        """Whether there is a model newer than the one that is trained from, in every shard; or, if that was of two
+        rounds at once, one that is all of the later."""
         # Asked after each local step: so without `versions` and `awaited`, which are slow.
         for assembly, begun, life in zip(self.assemblies, self.begun, self.lives, strict=True):
             if assembly.version <= (begun if assembly.incarnation in (life, "") else -1):
-                return False
+                return self._uneven and self._is_even
         return True
+
+    @property
+    def _is_even(self) -> bool:
+        """A worker that nobody waited for may begin from a model of which one shard had come to the next round, and
+        the others had not: when they have, it is in that round, and may be waited for."""
+        versions = self.versions
+        return min(self.begun) < min(versions) == max(versions)
 
     def begin(self, whole: Whole) -> None:
         """A round begins from this model."""
         self.begun, self.lives = whole.versions, whole.lives
+        self._uneven = self._barrier and len(set(self.begun)) > 1
 
     @property
     def newest(self) -> Whole | None:

@@ -232,7 +232,7 @@ class Worker:
             raise ModelError("the initial model holds NaN or infinity")
         layout = self.config.cut(self._packer.layout)
         encoding = self.config.encoding
-        model = Shards(layout, encoding)
+        model = Shards(layout, encoding, barrier=self._barrier())
         with self._changed:
             self._shared.model = model
             self._shared.compressors = [
