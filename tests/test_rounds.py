@@ -19,8 +19,9 @@ from esync import messages, tensors, transport
 from esync.config import RunConfig
 from esync.errors import ProtocolError
 from esync.messages import Error, Status, Update
+from esync.messaging import MessageServer
 from esync.ps.aggregation import Published
-from esync.ps.server import ParameterServer
+from esync.ps.server import NewVersion, ParameterServer
 from esync.worker.client import Worker
 from tests.cluster import Cluster, Thread
 
@@ -101,6 +102,31 @@ def test_the_published_policy_runs_over_the_same_sockets() -> None:
     steps = {row["name"]: row["steps"] for row in summary["workers"]}
     assert steps["fast"] > 3 * steps["slow"]
     assert all(row["query_s"] > 0 for row in summary["workers"])
+
+
+def test_a_version_that_is_made_while_the_run_ends_is_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post = MessageServer.post_threadsafe
+
+    def late(server: MessageServer, event: object) -> None:
+        if isinstance(event, NewVersion) and event.version > 0:
+            time.sleep(0.3)  # the control side hears of it when it waits for the tensor thread to end
+        post(server, event)
+
+    monkeypatch.setattr(MessageServer, "post_threadsafe", late)
+    with Cluster(RunConfig(mode="sync", workers=1), "inproc", tmp_path) as cluster:
+        thread = cluster.train("w0", quadratic(0.0))
+        _until(lambda: cluster.state.handlers.history.version >= 2)
+        cluster.state.stop("seen enough")
+        thread.result()
+        summary = cluster.finish()
+        assert cluster.ps.thread is not None
+        version = cluster.ps.thread.version
+    for role in ("ps", "state"):
+        rows = map(json.loads, (tmp_path / "run" / f"{role}.jsonl").read_text().splitlines())
+        assert max(row["round"] for row in rows if row["event"] == "round") == version, role
+    assert summary["rounds"] == version
 
 
 @pytest.mark.parametrize("dcasgd", [False, True])

@@ -136,6 +136,13 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Ended:
+    """To the control side itself: all that the tensor thread has told is dealt with."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Numbers:
     """What goes up and down in the tensor thread."""
 
@@ -944,6 +951,7 @@ class ParameterServer:
         self._server.on(Error, self._on_error)
         self._server.on(NewVersion, self._on_new_version)
         self._server.on(Failure, self._on_failure)
+        self._server.on(Ended, self._on_ended)
         self._server.on(Lost, self._on_lost)
 
     def _endpoint(self, what: str, port: int) -> str:
@@ -1140,6 +1148,10 @@ class ParameterServer:
         if self.page is not None:
             self.page.ending("ended: the model is being written")
         self._end_thread()
+        self._server.post_threadsafe(Ended(message.reason))  # after what the thread has told
+
+    def _on_ended(self, peer: bytes, event: Ended) -> None:
+        """The tensor thread has ended, and its last version is in the log."""
         if self.thread is not None and self._run_dir is not None:
             self.thread.save_checkpoint()
             path = self._run_dir / model_name(self.thread.shard, self.thread.shards)
@@ -1147,7 +1159,7 @@ class ParameterServer:
                 self._say(f"final model: {path}")
         refused = dict(self.thread.counters) if self.thread else {}
         shared = self.thread.bytes_shared if self.thread else 0
-        self._journal.write("leave", reason=message.reason, refused=refused, bytes_shared=shared)
+        self._journal.write("leave", reason=event.reason, refused=refused, bytes_shared=shared)
         self._server.send(b"", Leave(self.name, "done"))
         self._server.stop()
 
