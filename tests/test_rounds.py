@@ -111,7 +111,9 @@ def test_a_version_that_is_made_while_the_run_ends_is_in_the_log(
 
     def late(server: MessageServer, event: object) -> None:
         if isinstance(event, NewVersion) and event.version > 0:
-            time.sleep(0.3)  # the control side hears of it when it waits for the tensor thread to end
+            time.sleep(
+                0.3
+            )  # the control side hears of it when it waits for the tensor thread to end
         post(server, event)
 
     monkeypatch.setattr(MessageServer, "post_threadsafe", late)
