@@ -46,6 +46,17 @@ def check_worker_id(worker: str) -> None:
         )
 
 
+def peer_of(worker: str, life: str) -> str:
+    """A worker's identity on the control channel. Of two processes that have one name each has its own, so that neither
+    takes the other's answers."""
+    return f"{worker}\0{life}" if life else worker
+
+
+def worker_of(peer: bytes) -> str:
+    """Whose identity that is."""
+    return peer.partition(b"\0")[0].decode("utf-8", "replace")
+
+
 class MessageError(EsyncError):
     """A frame that is not a message: `code` is machine-readable, the text says what was wrong."""
 
@@ -72,7 +83,7 @@ class Join:
     device: str = ""
     layout: dict[str, Any] | None = None
     endpoints: dict[str, Any] | None = None
-    life: str = ""  # random, one for each process: two live processes cannot share an id
+    life: str = ""  # random, one for each process: two live processes cannot share a name
 
 
 @dataclass(slots=True)

@@ -260,4 +260,6 @@ def _name_of(peer: bytes) -> bytes | str:
     """Whose fault it is, for the log: a worker's name, or who else this is."""
     if peer is LOCAL:
         return "this process"
-    return peer or "the server"  # a DEALER's one peer
+    if not peer:  # a DEALER's one peer
+        return "the server"
+    return peer if peer.startswith(b"\0") else peer.partition(b"\0")[0]

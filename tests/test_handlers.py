@@ -10,6 +10,7 @@ from esync.messages import (
     Error,
     Join,
     Leave,
+    Lost,
     Members,
     MessageError,
     Query,
@@ -1032,6 +1033,43 @@ def test_two_living_workers_cannot_have_one_name_but_a_killed_one_may_come_back(
     server.gets(Join("a", "worker", life="another"))
     assert not server.table.records["a"].active, "nobody waits for it while it loads"
     assert server.table.records["a"].rank == 0
+
+
+def test_of_two_processes_with_one_name_each_is_answered_itself_and_one_is_the_worker():
+    server = Server(workers=1, heartbeat_s=10.0)
+    old, new = (messages.peer_of("a", life) for life in ("old", "new"))
+    for life, peer in (("old", old), ("new", new)):
+        server.gets(Join("a", "worker", life=life), peer)
+        assert server.sent[0][0] == peer, "waiting"
+    server.gets(Leave("a", "", "old"), old)  # the one that asked last waits
+    assert isinstance(to(new, server.ps())[0], Welcome)
+    server.gets(Leave("a", "", "new"), new)
+    for layout in (None, LAYOUT.to_wire()):
+        server.gets(Join("a", "worker", life="old", layout=layout), old)
+    assert to(old, server.gets(Query("a", 0, 0), old)), "the run starts"
+    assert to(new, server.gets(Join("a", "worker", life="new"), new))[0].code == "name-taken"
+    server.now += 6.0
+    for layout in (None, LAYOUT.to_wire()):
+        assert to(new, server.gets(Join("a", "worker", life="new", layout=layout), new))
+    assert to(new, server.gets(Query("a", 0, 0), new))
+    for message in (Query("a", 0, 1), Report("a", 0, 1, "train")):
+        assert server.refuses(message, old).code == "unknown-worker"
+    server.gets(Leave("a", "done", "old"), old)
+    assert server.table.records["a"].life == "new", "only one's own life ends"
+    assert to(new, server.gets(StopRun("enough")))
+    server.gets(Leave("a", "died"), "a")
+    assert "a" not in server.table.records, "who has started it says so in its name"
+
+
+def test_a_worker_named_like_the_parameter_server_is_not_taken_for_it():
+    server = running("a")
+    peer = messages.peer_of("ps", "1")
+    assert server.refuses(Reset("ps", 1, {}), peer).code == "unknown-worker"
+    assert server.refuses(Report("ps", 1, 0, "serving"), peer).code == "unknown-worker"
+    server.gets(Lost("ps", "a"), peer)
+    assert server.table.records["a"].suspected is None
+    server.gets(Leave("ps", "bye"), peer)
+    assert "ps" in server.handlers.servers
 
 
 def test_a_layout_that_nobody_trained_with_is_forgotten_with_its_last_worker():

@@ -345,7 +345,7 @@ def test_the_layouts_of_those_that_wait_are_kept_once():
     server = Server(workers=8)
     for n in range(8):
         server.gets(Join(f"w{n}", "worker", layout={**LAYOUT.to_wire(), "more": ["x"] * n}))
-    kept = [join.layout for join, _ in server.handlers._waiting.values()]
+    kept = [one.join.layout for one in server.handlers._waiting.values()]
     assert all(layout is kept[0] for layout in kept)
     for n in range(state.LAYOUTS - 1):
         other = {"leaves": [["delta", f"w{n}", [1], "float32"]]}

@@ -22,6 +22,7 @@ from esync.messages import Error, Status, Update
 from esync.messaging import MessageServer
 from esync.ps.aggregation import Published
 from esync.ps.server import NewVersion, ParameterServer
+from esync.worker import link
 from esync.worker.client import Worker
 from tests.cluster import Cluster, Thread
 
@@ -246,6 +247,28 @@ def test_a_worker_that_comes_back_under_its_name_keeps_its_rank() -> None:
         cluster.state.stop("seen enough")
         summary = cluster.finish()
     assert [row["name"] for row in summary["workers"]].count("guest") == 2
+
+
+def test_a_second_worker_of_a_living_ones_name_is_refused_and_the_first_is_not_disturbed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link, "NAME_TAKEN_S", 1.5)
+    config = RunConfig(mode="sync", workers=1, heartbeat_s=1.0)
+    with Cluster(
+        config, "tcp"
+    ) as cluster:  # where the newer connection of an identity takes it over
+        first = cluster.train("gpu", quadratic(0.0, step_s=0.01))
+        _until(lambda: cluster.state.handlers.history.version > 0)
+        with pytest.raises(ProtocolError, match="choose another --name"):
+            cluster.worker("gpu")
+        before = cluster.state.handlers.history.version
+        _until(lambda: cluster.state.handlers.history.version > before + 10)
+        cluster.state.stop("seen enough")
+        first.result()
+        summary = cluster.finish()
+    (stay,) = summary["workers"]
+    assert stay["left_why"] == "done"
+    assert "unknown-worker" not in summary["refused"], "its questions were never another's"
 
 
 def test_a_model_of_another_shape_is_refused_by_the_name_of_its_leaf() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from esync.keys import SERVER, AllowList
-from esync.messages import Join, Lost, Members, Message, MessageError, Reset
+from esync.messages import Join, Lost, Members, Message, MessageError, Reset, worker_of
 
 
 def check_key(
@@ -16,7 +16,7 @@ def check_key(
     Args:
         allowed: whose keys these are.
         servers: ids of the parameter servers that joined.
-        peer: the sender's id; handlers check that the message's `worker` is the same.
+        peer: the sender's identity; handlers check that the message's `worker` is of that name.
         key: the public key of the connection that the message came by.
 
     Raises:
@@ -27,7 +27,7 @@ def check_key(
         raise MessageError("unknown-key", "this key is not let in any more: it was revoked")
     if name == SERVER:
         return
-    worker = peer.decode("utf-8", "replace")
+    worker = worker_of(peer)
     if allowed.owner(worker) != name:
         raise MessageError(
             "wrong-key",

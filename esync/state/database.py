@@ -57,7 +57,8 @@ class Record:
     """What is known of one worker.
 
     Attributes:
-        life: which process it is; another one under the same id is another worker.
+        peer: by which identity it is answered.
+        life: which process it is; another one under the same name is another worker.
         suspected: since when it is thought to be dead; None: it is not.
         active: expected at the barrier (it has the model and has asked for work).
         round, step: the round it is in, and its finished local steps (the paper's k).
@@ -83,6 +84,7 @@ class Record:
     role: str = "worker"
     host: str = ""
     device: str = ""
+    peer: bytes = b""
     life: str = ""
     heard: float = 0.0
     suspected: float | None = None

@@ -97,8 +97,17 @@ class StopRun:
 
 
 @dataclass(slots=True)
+class Waiting:
+    """Who waits to be welcomed."""
+
+    join: Join
+    peer: bytes
+    asked: float  # when it last did
+
+
+@dataclass(slots=True)
 class Server:
-    """A parameter server that joined."""
+    """A parameter server that joined; its identity is its name."""
 
     worker: str
     shard: int  # of the model, that it keeps
@@ -156,7 +165,7 @@ class Handlers:
         self._say = say
         self._on_stop = on_stop
         self._finished = finished
-        self._waiting: dict[str, tuple[Join, float]] = {}  # and when it last asked
+        self._waiting: dict[str, Waiting] = {}
         self._waiting_layouts: dict[str, dict[str, Any]] = {}  # theirs: digest -> layout
         self._at_gate: dict[str, Query] = {}
         self._held: dict[str, Query] = {}
@@ -218,10 +227,11 @@ class Handlers:
 
     def standing(self, peer: bytes) -> Standing:
         """What a peer is to this server."""
-        name = peer.decode("utf-8", "replace")
-        if name in self.table.records:
+        record = self.table.records.get(messages.worker_of(peer))
+        if record is not None and record.peer == peer:
             return Standing.MEMBER
-        return Standing.SERVER if name in self.servers else Standing.STRANGER
+        known = peer.decode("utf-8", "replace") in self.servers
+        return Standing.SERVER if known else Standing.STRANGER
 
     # Joining
 
@@ -243,11 +253,11 @@ class Handlers:
             return
         self._check_room(message.worker)
         if message.layout is None or not self._served():
-            self._wait_for_servers(message)
+            self._wait_for_servers(peer, message)
         else:
             self._take_part(peer, message, message.layout)
 
-    def _wait_for_servers(self, message: Join) -> None:
+    def _wait_for_servers(self, peer: bytes, message: Join) -> None:
         """Have a worker wait until the parameter servers are there; of the workers' layouts each is kept once."""
         if message.layout is not None:
             layout = self._layout_of(message.layout)
@@ -261,11 +271,11 @@ class Handlers:
                     "every worker with the same model code and configuration",
                 )
             message.layout = kept.setdefault(layout.digest, layout.to_wire())
-        self._waiting[message.worker] = message, self._clock()
+        self._waiting[message.worker] = Waiting(message, peer, self._clock())
         if self._served():
             self._welcome_waiting()
         else:
-            self._send(message.worker.encode(), Status(waiting_for=self.waiting_for()))
+            self._send(peer, Status(waiting_for=self.waiting_for()))
 
     def _layout_of(self, raw: dict[str, Any]) -> Layout:
         try:
@@ -326,7 +336,7 @@ class Handlers:
         told, self._told[shard] = self._told.get(shard, endpoints), endpoints
         if told != endpoints and self._served():
             for record in self.table.records.values():  # it listens elsewhere now
-                self._send(record.worker.encode(), self._welcome(record.rank))
+                self._send(record.peer, self._welcome(record.rank))
         self._welcome_waiting()
 
     def _replaced(self) -> Server | None:
@@ -348,21 +358,22 @@ class Handlers:
 
     def _welcome_waiting(self) -> None:
         if not self._served():
-            for worker in self._waiting:
-                self._send(worker.encode(), Status(waiting_for=self.waiting_for()))
+            for one in self._waiting.values():
+                self._send(one.peer, Status(waiting_for=self.waiting_for()))
             return
         waiting, self._waiting = self._waiting, {}
         self._waiting_layouts = {}
-        for message, _ in waiting.values():
+        for one in waiting.values():
+            message, peer = one.join, one.peer
             try:
                 if message.layout is not None:
-                    self._take_part(message.worker.encode(), message, message.layout)
+                    self._take_part(peer, message, message.layout)
                     continue
-                record = self._register(message)
+                record = self._register(peer, message)
             except MessageError as error:
-                self._send(message.worker.encode(), Error(error.code, error.text))
+                self._send(peer, Error(error.code, error.text))
                 continue
-            self._send(message.worker.encode(), self._welcome(record.rank))
+            self._send(peer, self._welcome(record.rank))
 
     def _welcome(self, rank: int) -> Welcome:
         servers = sorted(self.servers.values(), key=lambda server: server.shard)
@@ -375,7 +386,7 @@ class Handlers:
             key=self._run_key,
         )
 
-    def _register(self, message: Join) -> Record:
+    def _register(self, peer: bytes, message: Join) -> Record:
         now = self._clock()
         record = self.table.records.get(message.worker)
         if record is not None and record.life != message.life:
@@ -389,7 +400,7 @@ class Handlers:
             self._remove(message.worker, REPLACED)
             record = None  # nobody waits for it while it loads
         if record is not None:
-            record.heard = now
+            record.heard, record.peer = now, peer
             return record
         evaluator = message.role == "evaluator"
         if algorithm(self.config.mode).single and not evaluator:
@@ -407,6 +418,7 @@ class Handlers:
             role=message.role,
             host=message.host,
             device=message.device,
+            peer=peer,
             life=message.life,
         )
         self.history.joined(record, self._t(now))
@@ -440,7 +452,7 @@ class Handlers:
                 f"{layout.difference(self.layout)} (digests {layout.digest} and {self.layout.digest}). "
                 "Start every worker with the same model code and configuration",
             )
-        record = self._register(message)
+        record = self._register(peer, message)
         self._send(peer, self._welcome(record.rank))
 
     # Training
@@ -494,7 +506,7 @@ class Handlers:
             if record is None:
                 del self._held[worker]
             else:
-                self._answer(worker.encode(), record, query, now)
+                self._answer(record.peer, record, query, now)
 
     def _draw(self) -> None:
         """Decide who takes part in the round that begins."""
@@ -514,7 +526,7 @@ class Handlers:
         if self.started is None:
             record.phase = "waiting"
             if text := self.waiting_for():
-                self._send(record.worker.encode(), Status(waiting_for=text))
+                self._send(record.peer, Status(waiting_for=text))
             self._start_if_ready(now)
         else:
             self._open_gate(now)
@@ -522,18 +534,17 @@ class Handlers:
 
     def on_members(self, peer: bytes, message: Members) -> None:
         """The parameter server goes by this epoch's members."""
-        for worker, server in self.servers.items():
-            if peer == worker.encode():
-                server.epoch = message.epoch
+        server = self.servers.get(peer.decode("utf-8", "replace"))
+        if server is not None:
+            server.epoch = message.epoch
         now = self._clock()
         self._start_if_ready(now)
         self._release(now)
 
     def on_lost(self, peer: bytes, message: Lost) -> None:
         """A worker's connection to a parameter server is gone; the next look at the time tells whether it is too."""
-        _check_identity(peer, message.worker)
         record = self.table.records.get(message.peer)
-        if message.worker in self.servers and record is not None:
+        if self._server(peer, message.worker) is not None and record is not None:
             record.suspected = self._clock()
 
     def _start_if_ready(self, now: float) -> None:
@@ -556,7 +567,7 @@ class Handlers:
             if waiter is not None:
                 waiter.since = now
                 waiter.phase = TRAIN
-                self._answer(worker.encode(), waiter, query, now)
+                self._answer(waiter.peer, waiter, query, now)
 
     def _start(self, now: float) -> None:
         self.started = self._round_at = now
@@ -568,9 +579,8 @@ class Handlers:
 
     def on_report(self, peer: bytes, message: Report) -> None:
         now = self._clock()
-        if message.worker in self.servers:
-            _check_identity(peer, message.worker)
-            server = self.servers[message.worker]
+        server = self._server(peer, message.worker)
+        if server is not None:
             server.heard, server.lost_at = now, None
             if server.epoch != self._epoch:  # lost on the way
                 self._send_members(server)
@@ -598,7 +608,7 @@ class Handlers:
             if record is slowest or record is self.table.slowest():
                 for other in self.policy.hurry(self.table, record, now):
                     response = Response(other.round, other.step, SYNC, 0, other.width)
-                    self._send(other.worker.encode(), response)
+                    self._send(other.peer, response)
             if self._held and self.table.behind() > behind:
                 self._release(now)
         if self.stopped is not None:
@@ -624,8 +634,7 @@ class Handlers:
             self.stop(f"test accuracy {accuracy:.4f} reached the target")
 
     def on_reset(self, peer: bytes, message: Reset) -> None:
-        _check_identity(peer, message.worker)
-        server = self.servers.get(message.worker)
+        server = self._server(peer, message.worker)
         if server is None and self.stopped is not None:
             return  # it has said goodbye, and this was still on its way out
         if server is None:
@@ -689,14 +698,13 @@ class Handlers:
     # Leaving and ending
 
     def on_leave(self, peer: bytes, message: Leave) -> None:
-        record = self.table.records.get(message.worker)
-        if not (record is not None and message.life and message.life == record.life):
-            # (If the worker is back already, its former socket's last words come under another identity.)
-            _check_identity(peer, message.worker)
-        if message.worker in self.servers:
-            self._server_gone(message.worker, message.reason[:MAX_NAME] or "no reason given")
-        self._waiting.pop(message.worker, None)
-        self._remove(message.worker, message.reason[:MAX_NAME] or "left")
+        worker, reason = message.worker, message.reason[:MAX_NAME]
+        if self._server(peer, worker) is not None:
+            self._server_gone(worker, reason or "no reason given")
+        if _speaks_for(peer, self._waiting.get(worker)):
+            del self._waiting[worker]
+        if _speaks_for(peer, self.table.records.get(worker)):
+            self._remove(worker, reason or "left")
         self._end_when_alone()
 
     def _server_gone(self, worker: str, why: str) -> None:
@@ -806,13 +814,13 @@ class Handlers:
 
     def _forget_waiting(self, now: float) -> None:
         """Who waits asks again every second; who does not has gone."""
-        gone = [w for w, (_, asked) in self._waiting.items() if now - asked > WAITING_S]
+        gone = [w for w, one in self._waiting.items() if now - one.asked > WAITING_S]
         for worker in gone:
             del self._waiting[worker]
 
     def _forget_layouts(self, but: str) -> None:
         """Keep the layouts of those that wait, but for one that comes with another."""
-        wanted = {id(join.layout) for w, (join, _) in self._waiting.items() if w != but}
+        wanted = {id(one.join.layout) for w, one in self._waiting.items() if w != but}
         kept = self._waiting_layouts.items()
         self._waiting_layouts = {digest: x for digest, x in kept if id(x) in wanted}
 
@@ -833,7 +841,7 @@ class Handlers:
             if text:
                 self._say(f"waiting for {text}")
                 for worker in self._at_gate:
-                    self._send(worker.encode(), Status(waiting_for=text))
+                    self._send(self.table.records[worker].peer, Status(waiting_for=text))
 
     def _say_progress(self, now: float) -> None:
         if self.started is None or now - max(self.started, self._progress_said_at) < PROGRESS_S:
@@ -885,9 +893,9 @@ class Handlers:
         self._journal.write("stop", reason=reason, round=self.history.version)
         self._say(f"the run ends: {reason}")
         for record in self.table.records.values():
-            self._send(record.worker.encode(), Response(self.history.version, record.step, STOP))
-        for worker in self._waiting:
-            self._send(worker.encode(), Error("run-over", f"the run is over ({reason})"))
+            self._send(record.peer, Response(self.history.version, record.step, STOP))
+        for one in self._waiting.values():
+            self._send(one.peer, Error("run-over", f"the run is over ({reason})"))
         last = max(self._watching.values(), default=0.0)
         for peer, asked in self._watching.items():  # this server may be gone before they ask again
             if last - asked < WATCHING_S:
@@ -1002,13 +1010,19 @@ class Handlers:
         return 0.0 if self.started is None else now - self.started
 
     def _record(self, peer: bytes, worker: str) -> Record:
+        """The sender's record; MessageError if it is not a member, or another process has its name by now."""
         _check_identity(peer, worker)
         record = self.table.records.get(worker)
-        if record is None:
+        if record is None or record.peer != peer:
             raise MessageError(
                 "unknown-worker", f"{worker} is not a member of this run; join first"
             )
         return record
+
+    def _server(self, peer: bytes, worker: str) -> Server | None:
+        """The sender, if it is a parameter server of this run; MessageError if it speaks for another."""
+        _check_identity(peer, worker)
+        return self.servers.get(worker) if peer == worker.encode() else None
 
 
 def _check_texts(message: Join) -> None:
@@ -1020,8 +1034,13 @@ def _check_texts(message: Join) -> None:
         )
 
 
+def _speaks_for(peer: bytes, one: Record | Waiting | None) -> bool:
+    """Whether the sender may say that this one leaves: it is this one, or whoever started it, under its name alone."""
+    return one is not None and peer in (one.peer, one.peer.partition(b"\0")[0])
+
+
 def _check_identity(peer: bytes, worker: str) -> None:
-    if peer != worker.encode():
+    if messages.worker_of(peer) != worker:
         raise MessageError(
             "wrong-id", f"the message speaks for {worker!r} but came from {peer!r:.80}"
         )

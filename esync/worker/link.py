@@ -109,7 +109,8 @@ class Link(threading.Thread):
         self._state, self._join, self._wait_s = state, join, wait_s
         self._context, self._say = context, say
         self._keys = keys
-        self._control = transport.dealer(context, join.worker, state, keys)
+        identity = messages.peer_of(join.worker, join.life)
+        self._control = transport.dealer(context, identity, state, keys)
         self._channels: list[Channel] = []  # to the parameter servers
         # Where updates are put for those on this machine, on a device or not; None: it is not to be had.
         self._memories: dict[bool, Region | None] = {}
