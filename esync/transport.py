@@ -253,7 +253,7 @@ def router(context: zmq.Context[Any], keys: ServerKeys | None = None) -> zmq.Soc
 def dealer(
     context: zmq.Context[Any], identity: str, endpoint: str, keys: ClientKeys | None = None
 ) -> zmq.Socket[bytes]:
-    """A connected control socket of that identity (see `messages.peer_of`); `refusal` and `is_lost` say how it fares."""
+    """A connected control socket of this identity (`messages.peer_of`); `refusal` and `is_lost` say how it fares."""
     socket = handshake.client(context, zmq.DEALER, keys)
     socket.linger = LINGER_MS
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_CONTROL_BYTES)
