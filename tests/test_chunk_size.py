@@ -330,7 +330,7 @@ def test_a_worker_ends_when_the_servers_come_back_with_other_chunks(other, their
             time.sleep(0.01)
         handlers = cluster.state.handlers
         handlers.config = RunConfig(**{**config.to_wire(), **other})
-        handlers._send(b"w0", handlers._welcome(0))
+        handlers._send(handlers.table.records["w0"].peer, handlers._welcome(0))
         what = f"came back with chunks of {theirs} MiB, they were of 4"
         with pytest.raises(EsyncError, match=what):
             thread.result()
