@@ -376,7 +376,7 @@ class Restless(dict):
 def test_rounds_that_are_done_again_are_rounds_and_what_an_earlier_process_did_is_not():
     history = History()
     history.published(30, 1.0, 0, 0)
-    history.restore(history.saved())
+    history.restore(history.saved(), 1.0)
     assert history.rounds == 0
     history.published(35, 2.0, 0, 0)
     history.roll_back(25)  # the checkpoint of a parameter server that died, too

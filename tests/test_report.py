@@ -177,6 +177,18 @@ def test_bytes_are_those_of_the_log_or_else_in_proportion_to_the_rounds(tmp_path
     assert [panel.xlabel for panel in panels(entries([cut]))] == ["time (s)", "rounds", "time (s)"]
 
 
+def test_bytes_are_of_all_parameter_servers_and_of_a_version_that_was_made_again_the_last(tmp_path):
+    one = load(write_run(tmp_path / "one"))
+    rows = [row for row in rows_of_a_run() if row["role"] == "server"]
+    write_rows(tmp_path / "one" / "second.jsonl", [{**row, "role": "second"} for row in rows])
+    again = {**rows[1], "t": rows[2]["t"] + 1.0, "bytes_up": 4_000_000}
+    write_rows(tmp_path / "one" / "third.jsonl", [again])
+    two = load(tmp_path / "one")
+    versions = np.array([1.0, 2.0, 3.0])
+    assert bytes_at(one, versions).tolist() == [3e6, 6e6, 9e6]
+    assert bytes_at(two, versions).tolist() == [6e6, 14e6, 18e6]
+
+
 def test_runs_of_very_different_length_share_a_logarithmic_axis_that_leaves_out_zero(tmp_path):
     def accuracy(rounds):
         return [

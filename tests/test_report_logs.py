@@ -205,6 +205,14 @@ def test_a_run_without_a_summary_is_summed_up_from_its_logs(tmp_path):
     assert slow["compute_ratio"] == pytest.approx(1.0 / 1.5)
 
 
+def test_bytes_of_a_run_without_a_summary_are_those_of_all_its_parameter_servers(tmp_path):
+    directory = write_run(tmp_path / "cut", finished=False)
+    rows = [row for row in rows_of_a_run(rounds=2) if row["role"] == "server"]
+    write_rows(directory / "second.jsonl", [{**row, "role": "second"} for row in rows])
+    summary = load(directory).summary
+    assert (summary["rounds"], summary["bytes_up"], summary["bytes_down"]) == (3, 5e6, 10e6)
+
+
 def test_a_run_that_has_not_started_has_done_nothing_yet(tmp_path):
     write_rows(tmp_path / "state.jsonl", rows_of_a_run()[:2])
     summary = load(tmp_path).summary

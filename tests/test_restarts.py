@@ -92,6 +92,70 @@ def test_a_state_server_goes_on_where_another_one_was():
     assert second.table.records["b"].rank == 1
 
 
+def gone_on_with(first):
+    """Another state server in its place, an hour later."""
+    second = Server(workers=2, mode="sync", duration_s=60.0)
+    second.now = 3600.0
+    second.handlers.restore(json.loads(json.dumps(first.handlers.saved())))
+    return second
+
+
+def test_the_clock_of_a_run_that_is_gone_on_with_stands_still_until_somebody_trains():
+    first = running("a", "b", mode="sync", duration_s=60.0)
+    first.gets(Reset("ps", 1, {}))
+    first.tick(20.0)
+    second = gone_on_with(first)
+    second.tick(300.0)
+    second.ps()
+    second.gets(Join("a", "worker"))
+    second.tick(2.0)
+    assert second.handlers.stopped is None, "these were not its 60 seconds"
+    assert not any("round" in text for text in second.said[1:]), "there is no progress to speak of"
+    assert second.handlers.run_s(second.now) == pytest.approx(20.0)
+    second.member("a")
+    second.beat("a")
+    second.tick(3.0)
+    assert second.handlers.run_s(second.now) == pytest.approx(23.0)
+    assert gone_on_with(second).handlers.run_s(0.0) == pytest.approx(23.0)
+    for _ in range(12):
+        second.beat("a")
+        second.tick(3.0)
+    assert second.handlers.stopped is None
+    second.tick(2.0)
+    assert second.handlers.stopped == "60 seconds"
+    assert second.handlers.summary()["wall_s"] == pytest.approx(61.0)
+
+
+def totals(server, worker, **counts):
+    server.gets(Report(worker, 1, 0, "train", totals=counts))
+
+
+def test_what_was_trained_before_a_state_server_died_is_in_the_summary_once():
+    first = Server(workers=2, mode="sync")
+    first.ps()
+    for worker in ("a", "b", "short"):
+        first.member(worker, life=f"{worker}1")
+    totals(first, "short", steps=7, samples=70)
+    first.gets(Leave("short", "done"))
+    totals(first, "a", steps=10, samples=100)
+    totals(first, "b", steps=20, samples=200)
+    first.tick(4.0)
+    second = gone_on_with(first)
+    second.ps()
+    second.member("a", life="a1")  # it went on, and has not said yet what it did meanwhile
+    second.member("b", life="b2")  # another process
+    assert second.handlers.status()["steps"] == 37
+    totals(second, "a", steps=15, samples=150)
+    totals(second, "b", steps=1, samples=10)
+    third = gone_on_with(second)
+    summary = third.handlers.summary()
+    assert summary["samples"] == 70 + 150 + 200 + 10
+    rows = {(row["name"], row["steps"]): row["left_why"] for row in summary["workers"]}
+    gone = "the state server was started again"
+    assert rows == {("short", 7): "done", ("a", 15): gone, ("b", 20): gone, ("b", 1): gone}
+    assert summary["samples_per_s"] == pytest.approx(430 / summary["wall_s"], rel=1e-3)
+
+
 # Real processes
 
 
@@ -140,7 +204,6 @@ class Run:
         )
 
     def end(self):
-        self.processes.started[-1]
         self.state.send_signal(signal.SIGTERM)
         for process in (self.state, self.ps, *self.workers):
             assert process.wait(30) == 0
@@ -275,15 +338,19 @@ def test_a_run_that_has_ended_is_gone_on_with(processes, tmp_path):
         "nothing"
     )
     assert json.loads((runs / "it" / "summary.json").read_text()) == before
+    began = time.monotonic()
     again = processes.start(
         "again", "esync.run.cli", str(runs / "it" / "cluster.toml"), "--resume", "--rounds", "30"
     )
     assert again.wait(90) == 0, processes.output("again")
+    again_s = time.monotonic() - began
     summary = json.loads((runs / "it" / "summary.json").read_text())
     assert summary["rounds"] == 30
     assert summary["accuracy"][-1]["round"] == 30
     assert summary["accuracy"][0] == before["accuracy"][0], "what was there before is remembered"
-    assert summary["wall_s"] > before["wall_s"]
+    assert 0 < summary["wall_s"] - before["wall_s"] < again_s - 1, "not while everybody starts"
+    for key in ("samples", "bytes_up", "bytes_down"):  # 12 rounds of 30
+        assert summary[key] == pytest.approx(before[key] * 30 / 12, rel=0.2), key
     assert "going on from version 12" in (runs / "it" / "ps.log").read_text()
     wrong = processes.start("wrong", "esync.run.cli", str(tmp_path / "c.toml"), "--resume")
     assert wrong.wait(30) == 1
@@ -336,6 +403,16 @@ def test_what_is_saved_does_not_grow_with_the_run():
     saved = server.handlers.saved()
     assert saved["history"]["version"] == 3000
     assert len(saved["history"]["version_s"]) == 1000
+    for n in range(1200):
+        server.member("guest", life=str(n))
+        totals(server, "guest", steps=2)
+        server.gets(Leave("guest", "done"))
+    saved = server.handlers.saved()
+    assert len(saved["history"]["stays"]) == 1001
+    second = Server(workers=1, mode="sync")
+    second.handlers.restore(json.loads(json.dumps(saved)))
+    assert second.handlers.status()["steps"] == 2400
+    assert second.handlers.history.gone["worker", "done"] == 200
 
 
 def test_a_round_that_begins_while_another_life_speaks_is_still_the_old_one_s():

@@ -154,6 +154,7 @@ class Snapshot:
         arrays: what `Aggregation.snapshot` returned, in host memory.
         members: who was expected at the barrier.
         config: `[run]`.
+        moved: bytes of tensors that have come and gone, in all of the run.
     """
 
     version: int
@@ -162,6 +163,7 @@ class Snapshot:
     arrays: dict[str, list[Vector | None]]
     members: list[str]
     config: dict[str, Any]
+    moved: tuple[int, int] = (0, 0)
 
 
 class Checkpoints:
@@ -204,6 +206,7 @@ class Checkpoints:
             "counts": {name: len(chunks) for name, chunks in snapshot.arrays.items()},
             "members": snapshot.members,
             "config": snapshot.config,
+            "moved": snapshot.moved,
             **snapshot.whole.to_wire(),
         }
         part = self.directory / f"shard{self.shard}.part"
@@ -259,8 +262,15 @@ def _read(path: Path) -> Snapshot:
             arrays[group][int(i)] = x = file.get_tensor(name)
             if x.dtype != np.float32 or x.ndim != 1:
                 raise TypeError(f"{name} is {x.dtype}{list(x.shape)}, not a vector of float32")
+    up, down = (int(n) for n in about.get("moved", (0, 0)))
     return Snapshot(
-        about["version"], whole, about["shard"], arrays, about["members"], about["config"]
+        about["version"],
+        whole,
+        about["shard"],
+        arrays,
+        about["members"],
+        about["config"],
+        (up, down),
     )
 
 

@@ -324,6 +324,8 @@ class TensorThread(threading.Thread):
             for name, chunks in snapshot.arrays.items()
         }
         self.aggregation.restore(snapshot.version, arrays)
+        up, down = snapshot.moved
+        self.bytes_up, self.bytes_down = self.bytes_up + up, self.bytes_down + down
 
     def _write_checkpoint(self) -> None:
         """Hand the present version over to be written, unless the last one still is."""
@@ -346,6 +348,7 @@ class TensorThread(threading.Thread):
                 arrays,
                 sorted(self._members),
                 self._config.to_wire(),
+                (self.bytes_up, self.bytes_down),
             )
         )
 

@@ -34,14 +34,16 @@ class WorkerRound:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A version of the model, published at `t`.
+    """A version of the model, or of one parameter server's shard of it, published at `t`.
 
     Attributes:
+        server: the parameter server's role.
         early_s: by how many seconds each worker's update was complete before that.
         bytes_up, bytes_down: running totals of tensor bytes; None in logs that do not have them.
     """
 
     t: float
+    server: str
     version: int
     early_s: dict[str, float]
     bytes_up: int | None
@@ -123,7 +125,7 @@ class Log:
         if event == "round" and "compute_s" in row:
             self.rounds.setdefault(role, []).append(_worker_round(t, row))
         elif event == "round" and "early_s" in row:
-            self.published.append(_published(t, row))
+            self.published.append(_published(t, role, row))
         elif event == "accuracy" and role == STATE:
             self.accuracy.append(_accuracy(t, row))
         elif event == "accuracy" and "eval_s" in row:
@@ -223,12 +225,12 @@ def _worker_round(t: float, row: dict[str, Any]) -> WorkerRound:
     )
 
 
-def _published(t: float, row: dict[str, Any]) -> Published:
+def _published(t: float, server: str, row: dict[str, Any]) -> Published:
     early_s = {str(name): max(0.0, _seconds(s)) for name, s in row["early_s"].items()}
     up, down = row.get("bytes_up"), row.get("bytes_down")
     if up is None or down is None:
-        return Published(t, int(row["round"]), early_s, None, None)
-    return Published(t, int(row["round"]), early_s, int(up), int(down))
+        return Published(t, server, int(row["round"]), early_s, None, None)
+    return Published(t, server, int(row["round"]), early_s, int(up), int(down))
 
 
 def _accuracy(t: float, row: dict[str, Any]) -> Accuracy:

@@ -65,16 +65,19 @@ def time_label(runs: list[Run]) -> str:
 def bytes_at(run: Run, version: Array) -> Array | None:
     """Tensor bytes moved, up and down together, by the time each version was published.
 
-    From the parameter server's log; if it has no counts, the run's total in proportion to the rounds; None if nobody
-    counted.
+    From the parameter servers' logs; if they have no counts, the run's total in proportion to the rounds; None if
+    nobody counted.
     """
-    counts: dict[int, int] = {}
+    servers: dict[str, dict[int, int]] = {}
     for row in run.log.published:
-        if row.bytes_up is not None and row.bytes_down is not None:
-            counts.setdefault(row.version, row.bytes_up + row.bytes_down)
-    if counts:
-        known = sorted(counts)
-        return np.interp(version, known, [counts[v] for v in known])
+        if row.bytes_up is not None and row.bytes_down is not None:  # of one made again the last
+            servers.setdefault(row.server, {})[row.version] = row.bytes_up + row.bytes_down
+    if servers:
+        total = np.zeros(len(version))
+        for counts in servers.values():
+            known = sorted(counts)
+            total += np.interp(version, known, [counts[v] for v in known])
+        return total
     up, down, rounds = (run.summary[key] for key in ("bytes_up", "bytes_down", "rounds"))
     if up is None or down is None or not rounds:
         return None

@@ -24,7 +24,8 @@ def summary_so_far(log: Log, config: dict[str, Any]) -> dict[str, Any]:
     wall_s = max(0.0, log.last - log.zero) if log.starts else 0.0
     workers = [_worker(log, name) for name in _names(log)]
     samples = sum(row["samples"] for row in workers)
-    newest = max(log.published, key=lambda row: row.version, default=None)
+    newest = {row.server: row for row in log.published}.values()
+    up, down = [row.bytes_up for row in newest], [row.bytes_down for row in newest]
     accuracy = accuracy_rows(log)
     return {
         "mode": config.get("mode", "unknown mode"),
@@ -34,18 +35,24 @@ def summary_so_far(log: Log, config: dict[str, Any]) -> dict[str, Any]:
         "split": config.get("split", "?"),
         "seed": config.get("seed"),
         "ended": UNFINISHED,
-        "rounds": newest.version if newest else 0,
+        "rounds": max((row.version for row in newest), default=0),
         "wall_s": wall_s,
         "samples": samples,
         "samples_per_s": samples / wall_s if wall_s > 0 else 0.0,
-        "bytes_up": newest.bytes_up if newest else None,
-        "bytes_down": newest.bytes_down if newest else None,
+        "bytes_up": _sum(up),
+        "bytes_down": _sum(down),
         "workers": workers,
         "accuracy": accuracy,
         "final_accuracy": accuracy[-1]["accuracy"] if accuracy else None,
         "time_to": {f"{x:g}": _time_to(accuracy, x) for x in THRESHOLDS},
         "run": config,
     }
+
+
+def _sum(counts: list[int | None]) -> int | None:
+    """The sum; None if somebody did not count, or nobody is there."""
+    known = [n for n in counts if n is not None]
+    return sum(known) if known and len(known) == len(counts) else None
 
 
 def accuracy_rows(log: Log) -> list[dict[str, Any]]:

@@ -78,9 +78,9 @@ class Record:
 
     worker: str
     rank: int
-    step_s: Estimate
-    delivery_s: Estimate
-    sync_s: Estimate
+    step_s: Estimate = field(default_factory=Latest)
+    delivery_s: Estimate = field(default_factory=Latest)
+    sync_s: Estimate = field(default_factory=Latest)
     role: str = "worker"
     host: str = ""
     device: str = ""

@@ -155,6 +155,7 @@ class Handlers:
         self.table = self.policy.table()
         self.history = History()
         self.started: float | None = None
+        self._standstill_s: float | None = None  # the run's time, until somebody trains again
         self.stopped: str | None = None
         self.servers: dict[str, Server] = {}
         self._told: dict[int, dict[str, Any]] = {}  # shard -> the endpoints that workers know
@@ -204,7 +205,7 @@ class Handlers:
     def saved(self) -> dict[str, Any]:
         """What another life of the state server needs to go on with this run."""
         return {
-            "elapsed_s": None if self.started is None else self._t(self._clock()),
+            "elapsed_s": None if self.started is None else self.run_s(self._clock()),
             "ranks": self._ranks,
             "history": self.history.saved(),
         }
@@ -216,12 +217,13 @@ class Handlers:
             KeyError, TypeError, ValueError: it did not.
         """
         self._ranks = {str(worker): int(rank) for worker, rank in saved["ranks"].items()}
-        self.history.restore(saved["history"])
-        if saved["elapsed_s"] is not None:
-            self.started = self._clock() - float(saved["elapsed_s"])
+        elapsed_s = saved["elapsed_s"]
+        self.history.restore(saved["history"], elapsed_s or 0.0)
+        if elapsed_s is not None:
+            self.started = self._clock() - float(elapsed_s)
+            self._standstill_s = float(elapsed_s)
             self._say(
-                f"going on with the run at version {self.history.version}, "
-                f"after {saved['elapsed_s']:.0f} s of it"
+                f"going on with the run at version {self.history.version}, after {elapsed_s:.0f} s of it"
             )
         self._journal.write("resumed", round=self.history.version)
 
@@ -421,7 +423,7 @@ class Handlers:
             peer=peer,
             life=message.life,
         )
-        self.history.joined(record, self._t(now))
+        self.history.joined(record, self.run_s(now))
         self._journal.write("join", worker=message.worker, kind=message.role, rank=rank)
         self._say(f"{message.role} {message.worker} joined ({message.device or 'no device'})")
         return record
@@ -529,6 +531,7 @@ class Handlers:
                 self._send(record.peer, Status(waiting_for=text))
             self._start_if_ready(now)
         else:
+            self._go_on(now)
             self._open_gate(now)
             self._release(now)
 
@@ -577,6 +580,11 @@ class Handlers:
         count = len(self.table.active())
         self._say(f"the run starts with {count} worker{'s' if count > 1 else ''}")
 
+    def _go_on(self, now: float) -> None:
+        """The clock of a run that was gone on with does not run while everybody starts."""
+        if self._standstill_s is not None:
+            self.started, self._standstill_s = now - self._standstill_s, None
+
     def on_report(self, peer: bytes, message: Report) -> None:
         now = self._clock()
         server = self._server(peer, message.worker)
@@ -624,7 +632,7 @@ class Handlers:
             self.history.split_digest = digest[:64]
 
     def _evaluated(self, message: Report, accuracy: float, now: float) -> None:
-        self.history.evaluated(message.round, accuracy, message.loss, self._t(now))
+        self.history.evaluated(message.round, accuracy, message.loss, self.run_s(now))
         at = self.history.version_s.get(message.round)
         self._journal.write(
             "accuracy", round=message.round, accuracy=accuracy, loss=message.loss, run_s=at
@@ -657,7 +665,7 @@ class Handlers:
             self._roll_back(server, version)
         newer = version > self.history.version
         bytes_up, bytes_down = sum(s.bytes_up for s in servers), sum(s.bytes_down for s in servers)
-        self.history.published(version, self._t(now), bytes_up, bytes_down)
+        self.history.published(version, self.run_s(now), bytes_up, bytes_down)
         for worker, early_s in members.items():
             record = self.table.records.get(worker)
             if record is None or not isinstance(early_s, (int, float)):
@@ -758,7 +766,7 @@ class Handlers:
         if record is None:
             return
         now = self._clock()
-        self.history.left(record, self._t(now), reason)
+        self.history.left(record, self.run_s(now), reason)
         self._journal.write("leave", worker=worker, reason=reason)
         if self.stopped is None:
             self._say(f"{record.role} {worker} left: {reason}")
@@ -798,7 +806,7 @@ class Handlers:
             self._look_for_late(now)
         limit = self.config.duration_s
         if self.stopped is None:
-            if limit and self.started is not None and now - self.started >= limit:
+            if limit and self.run_s(now) >= limit:
                 self.stop(f"{limit:g} seconds")
             self._say_waiting()
             self._say_progress(now)
@@ -844,14 +852,16 @@ class Handlers:
                     self._send(self.table.records[worker].peer, Status(waiting_for=text))
 
     def _say_progress(self, now: float) -> None:
-        if self.started is None or now - max(self.started, self._progress_said_at) < PROGRESS_S:
+        if self.started is None or self._standstill_s is not None:
+            return
+        if now - max(self.started, self._progress_said_at) < PROGRESS_S:
             return
         self._progress_said_at = now
         latest = self.history.accuracy[-1:]
         accuracy = f", accuracy {latest[0]['accuracy']:.4f}" if latest else ""
         count = len(self.table.active())
         self._say(
-            f"{now - self.started:.0f} s: round {self.history.version}, "
+            f"{self.run_s(now):.0f} s: round {self.history.version}, "
             f"{count} worker{'s' if count != 1 else ''}{accuracy}"
         )
 
@@ -970,7 +980,7 @@ class Handlers:
             "dataset": self.config.dataset,
             "round": self.history.version,
             "rounds": self.config.rounds,
-            "elapsed_s": 0.0 if self.started is None else now - self.started,
+            "elapsed_s": self.run_s(now),
             "duration_s": self.config.duration_s,
             "target_accuracy": self.config.target_accuracy,
             "started": self.started is not None,
@@ -1003,10 +1013,12 @@ class Handlers:
     def summary(self) -> dict[str, Any]:
         """The summary of the run so far, or of the whole if it has ended."""
         end = self._stopped_at if self.stopped is not None else self._clock()
-        wall_s = end - self.started if self.started is not None else 0.0
-        return self.history.summary(self.config, wall_s, self.stopped or "")
+        return self.history.summary(self.config, self.run_s(end), self.stopped or "")
 
-    def _t(self, now: float) -> float:
+    def run_s(self, now: float) -> float:
+        """The run's own time, in seconds since its start."""
+        if self._standstill_s is not None:
+            return self._standstill_s
         return 0.0 if self.started is None else now - self.started
 
     def _record(self, peer: bytes, worker: str) -> Record:

@@ -17,14 +17,17 @@ THRESHOLDS = (0.7, 0.8, 0.85, 0.9)
 """Accuracies whose times a summary names."""
 TOTALS = ("steps", "samples", "compute_s", "query_s", "sync_s", "eval_s")
 """A worker's running totals: local steps, samples, and seconds by what they were spent on."""
-
-
+ABOUT = ("worker", "rank", "role", "host", "device", "life")
+"""What is kept of who a worker is."""
 SAVED = 1000
-"""Of so many versions it is saved when they were published: the others have been evaluated, or never are."""
+"""Of so many versions it is saved when they were published: the others have been evaluated, or never are. Of the stays
+that have ended so many are saved, and what the others came to."""
 STAYS = 10_000
 """Stays that have ended are kept one by one, the last so many and a quarter more; what came before is summed up."""
 EVALUATIONS = 50_000
 """When there are more, every second one is given up, but the last: the curve stays."""
+RESTARTED = "the state server was started again"
+"""Why those left who were in the run when it died, and did not come back."""
 EVICTED, REPLACED, SPEECHLESS = "evicted", "came back as a new process", "never said goodbye"
 """How the reasons begin for which the state server itself removes a worker."""
 
@@ -46,6 +49,40 @@ class Passage:
         """What of one of its totals belongs to this stay."""
         count: float = self.record.totals.get(key, 0) - self.before.get(key, 0)
         return max(count, 0)  # nothing has been reported yet
+
+    @property
+    def process(self) -> tuple[str, str] | None:
+        """Which process it is, if that is known."""
+        return (self.record.worker, self.record.life) if self.record.life else None
+
+    def saved(self) -> dict[str, Any]:
+        """What `restored` makes it of."""
+        record = self.record
+        return {
+            **{key: getattr(record, key) for key in ABOUT},
+            "totals": record.totals,
+            "before": self.before,
+            "joined_s": self.joined_s,
+            "left_s": self.left_s,
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def restored(cls, saved: dict[str, Any], t: float) -> Passage:
+        """What `saved` returned; who had not left then did at the time `t`, when the state server died."""
+        record = Record(
+            str(saved["worker"]),
+            int(saved["rank"]),
+            role=str(saved["role"]),
+            host=str(saved["host"]),
+            device=str(saved["device"]),
+            life=str(saved["life"]),
+            totals=dict(saved["totals"]),
+        )
+        stay = cls(record, float(saved["joined_s"]), t, RESTARTED, dict(saved["before"]))
+        if saved["left_s"] is not None:
+            stay.left_s, stay.reason = float(saved["left_s"]), str(saved["reason"])
+        return stay
 
 
 @dataclass(slots=True)
@@ -74,12 +111,16 @@ class History:
 
     def joined(self, record: Record, t: float) -> None:
         """A worker was registered."""
-        same = (record.worker, record.life) if record.life else None
-        before: dict[str, Any] = {}
-        for stay in self.passages:
-            if (stay.record.worker, stay.record.life) == same:
-                before |= stay.record.totals
-        self.passages.append(Passage(record, t, before=before))
+        new = Passage(record, t)
+        for stay in self.passages if new.process else ():
+            if stay.process == new.process and stay.reason == RESTARTED:  # it was here all along
+                record.totals = stay.record.totals
+                stay.record, stay.left_s, stay.reason = record, None, ""
+                self.ended -= 1
+                return
+            if stay.process == new.process:
+                new.before |= stay.record.totals
+        self.passages.append(new)
 
     def left(self, record: Record, t: float, reason: str) -> None:
         """A worker went, or was evicted."""
@@ -88,21 +129,22 @@ class History:
                 passage.left_s, passage.reason = t, reason
                 self.ended += 1
         if self.ended > STAYS + STAYS // 4:
-            self._sum_up(self.ended - STAYS)
+            self.passages, self.summed, self.gone = self._summed_up(STAYS)
+            self.ended = STAYS
 
-    def _sum_up(self, count: int) -> None:
-        """Keep of the oldest ended stays what they came to."""
-        kept = []
+    def _summed_up(self, most: int) -> tuple[list[Passage], Counter[str], Counter[tuple[str, str]]]:
+        """The stays with at most so many that have ended; what the older ones came to, and how they ended."""
+        kept, summed, gone = [], self.summed.copy(), self.gone.copy()
+        count = self.ended - most
         for stay in self.passages:
-            if stay.left_s is None or count == 0:
+            if stay.left_s is None or count <= 0:
                 kept.append(stay)
                 continue
             count -= 1
-            self.ended -= 1
-            self.gone[stay.record.role, reason_class(stay.reason)] += 1
+            gone[stay.record.role, reason_class(stay.reason)] += 1
             if stay.record.role == "worker":
-                self.summed.update({key: stay.total(key) for key in TOTALS})
-        self.passages = kept
+                summed.update({key: stay.total(key) for key in TOTALS})
+        return kept, summed, gone
 
     def published(self, version: int, t: float, bytes_up: int, bytes_down: int) -> None:
         """The parameter server published a version."""
@@ -111,22 +153,30 @@ class History:
         self.bytes_up, self.bytes_down = bytes_up, bytes_down
 
     def saved(self) -> dict[str, Any]:
-        """What `restore` goes on from; of workers only what they do not report again themselves."""
+        """What `restore` goes on from."""
+        stays, summed, gone = self._summed_up(SAVED)
         return {
             "version": self.version,
             "version_s": [[v, t] for v, t in self.version_s.items() if v > self.version - SAVED],
             "accuracy": self.accuracy,
             "bytes": [self.bytes_up, self.bytes_down],
             "split_digest": self.split_digest,
+            "stays": [stay.saved() for stay in stays],
+            "summed": dict(summed),
+            "gone": [[role, why, count] for (role, why), count in gone.items()],
         }
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from what `saved` returned."""
+    def restore(self, saved: dict[str, Any], t: float) -> None:
+        """Go on, at the time `t`, from what `saved` returned."""
         self.version = self.begun = int(saved["version"])
         self.version_s = {int(version): float(t) for version, t in saved["version_s"]}
         self.accuracy = [dict(row) for row in saved["accuracy"]]
         self.bytes_up, self.bytes_down = (int(n) for n in saved["bytes"])
         self.split_digest = str(saved["split_digest"])
+        self.passages = [Passage.restored(stay, t) for stay in saved["stays"]]
+        self.ended = len(self.passages)
+        self.summed = Counter(saved["summed"])
+        self.gone = Counter({(str(role), str(why)): int(n) for role, why, n in saved["gone"]})
 
     def roll_back(self, version: int) -> None:
         """The run goes on from this version: what came after it does not count."""

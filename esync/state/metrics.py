@@ -88,12 +88,7 @@ def _run(handlers: Handlers, now: float) -> Iterator[Metric]:
         {(name,): float(name == state) for name in STATES},
         "state",
     )
-    started = handlers.started
-    yield gauge(
-        "esync_run_seconds",
-        "Seconds since all workers were ready.",
-        0.0 if started is None else now - started,
-    )
+    yield gauge("esync_run_seconds", "Seconds since all workers were ready.", handlers.run_s(now))
     yield counter("esync_rounds", "Versions of the model that were published.", history.rounds)
     yield counter(
         "esync_rolled_back_rounds",
