@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import dataclasses
+import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -21,6 +24,8 @@ from esync import config, transport
 from esync.errors import ConfigError, EsyncError
 from esync.version import VERSION
 
+AGAIN_S = 0.05
+"""So soon an interrupt is raised again that came where Python ignores exceptions."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -190,6 +195,7 @@ def make_directory(path: str | None) -> Path | None:
 def results_options(command: F) -> F:
     """Options of the commands that make `runs/NAME`."""
     for option in (
+        click.version_option(VERSION, prog_name="esync"),
         click.option(
             "--name", help="Results go to runs/NAME.  [default: the file's name and the mode]"
         ),
@@ -219,11 +225,11 @@ def results_directory(file: str, name: str | None, runs: str, mode: str, force: 
         )
     path = Path(runs) / base
     number = 2
-    while name is None and not force and (path / "cluster.toml").exists():
+    while name is None and not force and (path / "cluster.toml").exists() and not _is_blank(path):
         path = Path(runs) / f"{base}-{number}"
         number += 1
     if path.exists() and any(path.iterdir()):
-        if not force:
+        if not force and not _is_blank(path):
             raise ConfigError(f"{path} has results already; choose another --name, or --force")
         if path.is_symlink() or not (path / "cluster.toml").is_file():
             raise ConfigError(
@@ -235,6 +241,22 @@ def results_directory(file: str, name: str | None, runs: str, mode: str, force: 
     return made
 
 
+def _name_of(ctx: click.Context) -> str:
+    """What the user has typed, or would have: `esync-keys init`; roles are started as `python -m esync.ps.cli`."""
+    return re.sub(r"^python.* -m esync\.(\w+)(\.cli)?", r"esync-\1", ctx.command_path)
+
+
+def _is_blank(run_dir: Path) -> bool:
+    """Whether nothing came of the run in that directory: it did not start, or ended before anything was trained."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        return bool(summary["rounds"] == 0)
+    except FileNotFoundError:
+        return (run_dir / "cluster.toml").is_file() and not any(run_dir.glob("*.jsonl"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 class Command(click.Command):
     """A command whose `EsyncError`s become one line and exit status 1, and whose Ctrl-C is quiet."""
 
@@ -242,20 +264,43 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except EsyncError as error:
-            click.echo(f"{ctx.info_name}: error: {error}", err=True)
+            click.echo(f"{_name_of(ctx)}: error: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             ctx.exit(0)
 
 
 def interrupt_on_sigterm() -> None:
-    """Make SIGTERM end a role like Ctrl-C does: leave, flush, exit."""
+    """Make SIGTERM end a role like Ctrl-C does: leave, flush, exit. Either is heard also where Python ignores what is
+    raised, such as in the callbacks of its garbage collector, which JAX has."""
 
     def raise_interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, raise_interrupt)
-    signal.signal(signal.SIGHUP, raise_interrupt)  # the terminal is gone
+    def ignored(what: sys.UnraisableHookArgs) -> None:
+        if issubclass(what.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        else:
+            sys.__unraisablehook__(what)
+
+    for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGHUP):  # SIGHUP: the terminal is gone
+        signal.signal(number, raise_interrupt)
+    sys.unraisablehook = ignored
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """While a large library is imported Ctrl-C ends the process: there is nothing to leave yet, and code in C++ that is
+    interrupted aborts with pages of text."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:  # of a job in the background
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def serve(main: Coroutine[Any, Any, Any], stop: Callable[[], None]) -> None:

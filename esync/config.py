@@ -618,6 +618,11 @@ def option_type(cls: type, name: str) -> type:
     return typing.cast(type, hint)
 
 
+def task(model: str, dataset: str) -> str:
+    """What is trained, in words."""
+    return "own loop" if model == OWN else f"{model} on {dataset}"
+
+
 def check_names(run: RunConfig) -> None:
     """Check the names that only the workers will look up, so that a slip is met where it was made.
 

@@ -128,6 +128,17 @@ def host_of(endpoint: str) -> str:
     return endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
 
 
+def check_open(endpoint: str, allowed: bool) -> None:
+    """Raises TransportError if other machines reach what is bound to `endpoint`, and that is not `allowed`."""
+    check_endpoint(endpoint)
+    if not is_local(endpoint) and not allowed:
+        raise TransportError(
+            f"{endpoint} can be reached from other machines, and nothing on it is encrypted or "
+            "authenticated; bind to 127.0.0.1, make keys (esync-keys init) and pass --keys, or pass --insecure "
+            "if you trust everyone on that network"
+        )
+
+
 def bind(socket: zmq.Socket[bytes], endpoint: str, *, insecure: bool = False) -> str:
     """Bind and return the actual endpoint (with the port that `*` became).
 
@@ -135,13 +146,7 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, *, insecure: bool = False) ->
         TransportError: the address is taken or not ours, or is reachable from other machines and
             the socket has no keys and `insecure` was not said.
     """
-    check_endpoint(endpoint)
-    if not is_local(endpoint) and not insecure and not handshake.encrypts(socket):
-        raise TransportError(
-            f"{endpoint} can be reached from other machines, and nothing on it is encrypted or "
-            "authenticated; bind to 127.0.0.1, make keys (esync-keys init) and pass --keys, or pass --insecure "
-            "if you trust everyone on that network"
-        )
+    check_open(endpoint, insecure or handshake.encrypts(socket))
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
     try:
         socket.bind(endpoint)
@@ -347,9 +352,25 @@ def is_lost(socket: zmq.Socket[bytes]) -> bool:
     return isinstance(socket, handshake.Client) and socket.is_lost()
 
 
+def waiting_for_state(endpoint: str) -> str:
+    """What to tell a user who waits for a state server."""
+    return f"waiting for the state server at {endpoint}{_unresolved(endpoint)}"
+
+
 def no_state_server(endpoint: str, waited_s: float) -> str:
     """What to tell a user whose state server does not answer."""
     return (
-        f"no state server answered at {endpoint} within {waited_s:g} s. Is esync-state running there, and "
-        "is the address right? If it has keys, this side needs --keys too. (--wait SECONDS waits longer)"
+        f"no state server answered at {endpoint} within {waited_s:g} s{_unresolved(endpoint)}. Is esync-state running "
+        "there, and is the address right? If it has keys, this side needs --keys too. (--wait SECONDS waits longer)"
     )
+
+
+def _unresolved(endpoint: str) -> str:
+    """That the host's name cannot be resolved, in words; empty if it can."""
+    if not endpoint.startswith("tcp://"):
+        return ""
+    try:
+        _socket.getaddrinfo(host_of(endpoint), None)
+    except OSError as error:
+        return f" (its name cannot be resolved: {error.strerror})"
+    return ""

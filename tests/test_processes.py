@@ -241,6 +241,33 @@ def test_an_error_is_one_line_that_says_what_to_do(name: str) -> None:
     assert "Traceback" not in output
 
 
+SWALLOWED = """
+import gc, os, signal, sys, time
+from esync import cli
+cli.interrupt_on_sigterm()
+class Swallows:
+    def __del__(self):  # Python ignores what is raised here
+        os.kill(os.getpid(), signal.{signal})
+        time.sleep(0.01)
+try:
+    del_me = Swallows()
+    del del_me
+    time.sleep(20)
+    print("slept")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_an_interrupt_is_heard_where_python_ignores_exceptions(name: str) -> None:
+    code = SWALLOWED.format(signal=name)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (found.stdout, found.stderr) == ("interrupted\n", "")
+
+
 def test_a_port_in_use_is_said_to_be_in_use(processes: Processes) -> None:
     processes.start("state", "esync.state.cli", "--bind", "tcp://127.0.0.1:*")
     endpoint = processes.wait_for("state", r"state server at (tcp://\S+):").group(1)

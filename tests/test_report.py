@@ -20,6 +20,7 @@ from esync.report.logs import LogReader
 from esync.report.page import inline_svg
 from esync.report.runs import build, entries, load, with_distinct_names
 from esync.report.series import bytes_at, mean_and_band, panels
+from esync.report.write import write
 from tests.test_report_logs import rows_of_a_run, summary_of, write_rows, write_run
 
 
@@ -164,6 +165,14 @@ def test_curves_are_over_time_rounds_and_bytes(tmp_path):
     ]
     assert shown[0].curves[0].y.tolist() == pytest.approx([0.7, 0.8, 0.9])
     assert shown[3].curves[0].y.tolist() == pytest.approx([0.9, 0.8, 0.7])
+
+
+def test_a_report_in_the_place_of_another_leaves_no_timelines_of_that(tmp_path):
+    columns = [entries([load(write_run(tmp_path / name))]) for name in ("one", "two")]
+    for column in columns:
+        write(column, tmp_path / "report")
+    left = {path.name for path in (tmp_path / "report").glob("timeline-*")}
+    assert left == {"timeline-two.svg", "timeline-two.png"}
 
 
 def test_bytes_are_those_of_the_log_or_else_in_proportion_to_the_rounds(tmp_path):

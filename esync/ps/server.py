@@ -1012,7 +1012,7 @@ class ParameterServer:
                 return
             if self.thread is None and waited > 2 and not told:
                 told = True
-                self._say(f"waiting for the state server at {self.state}")
+                self._say(transport.waiting_for_state(self.state))
             if self.thread is None and waited > self._wait_s:
                 self._error = TransportError(transport.no_state_server(self.state, self._wait_s))
                 self._server.stop()

@@ -11,6 +11,7 @@ from esync import cli
 from esync.errors import ConfigError, DataError
 from esync.report.compare import comparison
 from esync.report.runs import Run, entries, load, with_distinct_names
+from esync.version import VERSION
 
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 100})
@@ -23,9 +24,17 @@ from esync.report.runs import Run, entries, load, with_distinct_names
 @click.option(
     "--no-plots", "--text", "text_only", is_flag=True, help="Print the table; write nothing."
 )
-@click.option("--from", "begin_s", type=float, help="Timelines begin so many seconds into the run.")
 @click.option(
-    "--to", "end_s", type=float, help="And end there.  [default: a few rounds in the middle]"
+    "--from",
+    "begin_s",
+    type=click.FloatRange(0),
+    help="Timelines begin so many seconds into the run.",
+)
+@click.option(
+    "--to",
+    "end_s",
+    type=click.FloatRange(0),
+    help="And end there.  [default: a few rounds in the middle]",
 )
 @click.option(
     "--by-seed", is_flag=True, help="Show the mean of runs that differ in nothing but their seed."
@@ -33,6 +42,7 @@ from esync.report.runs import Run, entries, load, with_distinct_names
 @click.option(
     "--watch", is_flag=True, help="Follow one run by its logs until it ends; then report."
 )
+@click.version_option(VERSION, prog_name="esync")
 def main(
     runs: tuple[str, ...],
     out: str | None,

@@ -40,6 +40,7 @@ def write(
         raise ConfigError(
             f"cannot make the directory {directory}: {error.strerror}; choose another with --out"
         ) from error
+    _remove_timelines(directory)
     pictures = _pictures(entries, shown, directory)
     made = page(entries, pictures, _notes(entries) + notes)
     _write(directory / MARKDOWN, markdown(made))
@@ -54,6 +55,13 @@ def _write(path: Path, text: str) -> None:
         raise ConfigError(
             f"cannot write {path}: {error.strerror}; choose another directory with --out"
         ) from error
+
+
+def _remove_timelines(directory: Path) -> None:
+    """An earlier report's may be of other runs."""
+    if (directory / HTML).is_file():
+        for path in (*directory.glob("timeline-*.svg"), *directory.glob("timeline-*.png")):
+            path.unlink(missing_ok=True)
 
 
 def _timelines(

@@ -29,6 +29,8 @@ from esync.state.server import saved_in
 from esync.status.inquiry import Inquiry
 
 REFRESH_S = 0.25
+GOODBYE_S = 1.0
+"""How long a role has to end by itself once the state server has."""
 MOST_DEATHS, DEATHS_S = 5, 60.0
 """So many deaths of servers in so many seconds are no accident."""
 
@@ -96,6 +98,11 @@ def main(
         )
     if virtual := cluster.only_virtual():
         console.print(f"for esync-sim only, and ignored here: {', '.join(virtual)}", markup=False)
+    if elsewhere := sorted({row.host for row in cluster.workers if row.host}):
+        console.print(
+            f"all roles start on this machine, also those for {', '.join(elsewhere)}: host is for bin/esync-tmux",
+            markup=False,
+        )
     cli.interrupt_on_sigterm()
     run = _Run(cluster, directory, console, keep_going=keep_going, resume=resume)
     failure: EsyncError | None = None
@@ -143,6 +150,7 @@ def _earlier(file: str, run: RunConfig) -> Path:
 
 def _print_commands(cluster: ClusterConfig, directory: Path) -> None:
     """One line per role: name, host (- for this machine), and the command, with tabs between them."""
+    transport.check_open(cluster.state.bind, bool(cluster.state.keys or cluster.state.insecure))
     bind = launcher.fixed_port(cluster.state.bind)
     cluster = replace(cluster, state=replace(cluster.state, bind=bind))
     launcher.write_config(cluster, directory / "cluster.toml")
@@ -213,9 +221,7 @@ class _Run:
                 if inquiry.ask():
                     show(inquiry.table, inquiry.waiting_for)
             time.sleep(REFRESH_S)
-        deadline = time.monotonic() + launcher.STOP_S
-        while time.monotonic() < deadline and any(role.status is None for role in self.roles):
-            time.sleep(0.05)
+        launcher.wait(self.roles, launcher.STOP_S)
         self._check()
 
     def _check(self) -> None:
@@ -265,10 +271,11 @@ class _Run:
         """Ask the state server to end the run, and give everybody the time to leave."""
         if self.roles and self.roles[0].process is not None and self.roles[0].status is None:
             self.roles[0].process.terminate()
-            deadline = time.monotonic() + launcher.STOP_S
             try:
-                while time.monotonic() < deadline and any(r.status is None for r in self.roles):
-                    time.sleep(0.05)
+                launcher.wait(self.roles[:1], launcher.STOP_S)
+                launcher.wait(
+                    self.roles, GOODBYE_S
+                )  # those that are still starting do not know of it
             except KeyboardInterrupt:
                 launcher.kill(self.roles)
 

@@ -202,6 +202,13 @@ def wait_for_endpoint(directory: Path, state: Role, timeout_s: float = 30.0) -> 
     return None
 
 
+def wait(roles: list[Role], seconds: float) -> None:
+    """Give roles so long to end."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(role.status is None for role in roles):
+        time.sleep(0.05)
+
+
 def stop(roles: list[Role]) -> None:
     """End every role that still runs: SIGTERM, patience, SIGKILL."""
     running = [role for role in roles if role.process is not None and role.status is None]

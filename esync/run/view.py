@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from esync.config import OWN
+from esync.config import task
 
 PHASES = {
     "loading": "loading",
@@ -60,10 +60,8 @@ def progress(status: dict[str, Any]) -> tuple[float, float | None]:
 
 def headline(status: dict[str, Any]) -> str:
     """The run in one line."""
-    own = status["model"] == OWN
     parts = [
-        f"{status['mode']} · "
-        + ("own loop" if own else f"{status['model']} on {status['dataset']}"),
+        f"{status['mode']} · {task(status['model'], status['dataset'])}",
         f"round {status['round']}" + (f"/{status['rounds']}" if status["rounds"] else ""),
         f"{duration(status['elapsed_s'])}"
         + (f"/{duration(status['duration_s'])}" if status["duration_s"] else ""),

@@ -53,7 +53,7 @@ def main(file: str | None, run_dir: str | None, verbose: bool, resume: bool, **v
         metrics_bind=state.metrics_bind,
         say=cli.say,
     )
-    cli.say(f"state server at {server.endpoint}: {run.mode}, {run.model} on {run.dataset}")
+    cli.say(f"state server at {server.endpoint}: {run.mode}, {config.task(run.model, run.dataset)}")
     if server.page is not None:
         cli.say(f"metrics at {server.page.url}")
     cli.serve(server.run(), lambda: server.stop("interrupted"))

@@ -15,8 +15,9 @@ import click
 from rich.console import Console
 
 from esync import cli, transport
-from esync.errors import ConfigError, TransportError
+from esync.errors import ConfigError, DataError, EsyncError, TransportError
 from esync.keys import load_client
+from esync.report.compare import read_summary
 from esync.run import view
 from esync.status.inquiry import Inquiry
 from esync.version import VERSION
@@ -60,7 +61,12 @@ def main(endpoint: str, keys: str | None, watch: bool, as_json: bool, wait: floa
     own = load_client(keys) if keys else None
     cli.interrupt_on_sigterm()
     with closing(Inquiry(where, "status", own)) as inquiry:
-        inquiry.first(wait)
+        try:
+            inquiry.first(wait)
+        except TransportError as error:
+            if ended := _how_it_ended(endpoint):
+                raise EsyncError(ended) from error
+            raise
         if as_json:
             _show_json(inquiry, watch, wait)
         elif watch:
@@ -78,6 +84,17 @@ def _endpoint(given: str) -> str:
         except OSError as error:
             raise ConfigError(f"{given} is no run's directory: it has no endpoint in it") from error
     return transport.resolved(transport.check_endpoint(given), transport.DEFAULT_STATE)
+
+
+def _how_it_ended(directory: str) -> str:
+    """How the run in a directory ended, in words; empty if it has not, or nobody knows."""
+    if not directory:
+        return ""
+    try:
+        ended = read_summary(Path(directory) / "summary.json")["ended"]
+    except (DataError, OSError):
+        return ""
+    return f"the run in {directory} has ended: {ended}. esync-report {directory} sums it up"
 
 
 def _show_json(inquiry: Inquiry, watch: bool, wait_s: float) -> None:

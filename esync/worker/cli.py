@@ -46,11 +46,11 @@ def main(
     settings = config.build(WorkerConfig, {**row, **options}, "workers")
     directory = cli.make_directory(run_dir)
     endpoint = cli.state_endpoint(connect, raw)
+    with cli.ended_at_once():
+        from esync.worker import loop  # JAX takes a second to import: not for --help
+        from esync.worker.client import Worker
+        from esync.worker.step import device_for
     cli.interrupt_on_sigterm()
-
-    from esync.worker import loop  # JAX takes a second to import: not for --help
-    from esync.worker.client import Worker
-    from esync.worker.step import device_for
 
     if not evaluate:
         device_for(settings.device)
@@ -77,6 +77,8 @@ def main(
                 loop.evaluate(worker, journal, cli.say)
             else:
                 loop.train(worker, settings, journal, cli.say)
+                steps = worker.totals.steps
+                cli.say(f"the run is over at version {worker.round}: {steps} local steps here")
         finally:
             journal.write("end", totals=worker.totals.to_wire())
             journal.close()

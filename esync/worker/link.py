@@ -412,7 +412,7 @@ class Link(threading.Thread):
             if why := transport.refusal(self._control):
                 self._fail(TransportError(f"cannot join {self._state}: {why}"))
             if now - began > 2.0:
-                self._tell(f"waiting for the state server at {self._state}")
+                self._say_waiting()
             if now - began > self._wait_s:
                 self._fail(TransportError(transport.no_state_server(self._state, self._wait_s)))
         elif self._lost_at is not None and now - self._lost_at > self._wait_s:
@@ -434,6 +434,10 @@ class Link(threading.Thread):
             self._fetch(late)
             if late and shared.accepted and now - self._joined_at > ASK_WHERE_S:
                 self._send_join()
+
+    def _say_waiting(self) -> None:
+        if not self._last_said:
+            self._tell(transport.waiting_for_state(self._state))
 
     def _beat(self) -> None:
         with self.shared.changed:

@@ -59,6 +59,8 @@ def train(
         worker.on_round(lambda row: journal.write("round", **row))
         params, stats = worker.start(params, stats)
         journal.write("start", rank=worker.rank, device=str(device))
+        if not worker.stopped:
+            say(f"training from version {worker.round}")
         parts = Parts(run, dataset, worker.rank)
         part, round = None, -1
         while not worker.stopped:

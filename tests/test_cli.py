@@ -1,0 +1,119 @@
+"""What the console commands share: where results go, and what errors say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from esync import transport
+from esync.cli import results_directory
+from esync.config import RunConfig, task
+from esync.errors import ConfigError
+from esync.keys import cli as keys_cli
+from esync.report import cli as report_cli
+from esync.run import cli as run_cli
+from esync.sim import cli as sim_cli
+from esync.status import cli as status_cli
+from esync.version import VERSION
+
+
+def run(command: Any, *arguments: str, name: str = "python -m esync.some.cli") -> Result:
+    return CliRunner().invoke(command, list(arguments), prog_name=name)
+
+
+def made(runs: Path, name: str | None = "it", force: bool = False) -> Path:
+    return results_directory("c.toml", name, str(runs), "sync", force)
+
+
+def leave(directory: Path, rounds: int | None = None, log: bool = True) -> None:
+    """What a run leaves in its directory; `rounds`: its summary says so."""
+    (directory / "cluster.toml").write_text("[run]\n")
+    if log:
+        (directory / "state.jsonl").write_text("")
+    if rounds is not None:
+        (directory / "summary.json").write_text(json.dumps({"rounds": rounds}))
+
+
+def test_a_run_that_has_results_is_not_replaced(tmp_path: Path) -> None:
+    leave(made(tmp_path), rounds=3)
+    with pytest.raises(ConfigError, match="has results already"):
+        made(tmp_path)
+    assert made(tmp_path, force=True) == tmp_path / "it"
+    assert not list((tmp_path / "it").iterdir())
+
+
+def test_a_run_that_may_be_going_on_has_results(tmp_path: Path) -> None:
+    leave(made(tmp_path))
+    with pytest.raises(ConfigError, match="has results already"):
+        made(tmp_path)
+
+
+@pytest.mark.parametrize(("rounds", "log"), [(None, False), (0, True)])
+def test_a_run_of_which_nothing_came_does_not_keep_its_name(
+    rounds: int | None, log: bool, tmp_path: Path
+) -> None:
+    for name in ("it", None):
+        first = made(tmp_path, name)
+        leave(first, rounds, log)
+        assert made(tmp_path, name) == first
+        assert not list(first.iterdir())
+
+
+def test_a_directory_that_is_no_run_is_not_touched(tmp_path: Path) -> None:
+    directory = made(tmp_path)
+    (directory / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="has results already"):
+        made(tmp_path)
+    with pytest.raises(ConfigError, match="does not look like a run"):
+        made(tmp_path, force=True)
+    assert (directory / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("command", [run_cli, sim_cli, report_cli, status_cli, keys_cli])
+def test_every_command_says_its_version(command: Any) -> None:
+    assert run(command.main, "--version").output == f"esync, version {VERSION}\n"
+
+
+def test_an_error_begins_with_the_command_that_a_user_types(tmp_path: Path) -> None:
+    missing = run(report_cli.main, str(tmp_path / "no"), name="python -m esync.report.cli")
+    assert missing.output.startswith("esync-report: error: ")
+    known = ["revoke", "gpu", "--keys", str(tmp_path / "keys")]
+    assert run(keys_cli.main, "init", str(tmp_path / "keys")).exit_code == 0
+    unknown = run(keys_cli.main, *known, name="esync-keys")
+    assert unknown.output.startswith("esync-keys revoke: error: ")
+    assert "Known: none." in unknown.output
+
+
+def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[state]\nbind = "tcp://0.0.0.0:10010"\n[[workers]]\ncount = 2\n')
+    found = run(run_cli.main, str(file), "--runs", str(tmp_path / "runs"), "--dry-run")
+    assert found.exit_code == 1
+    assert "nothing on it is encrypted" in found.output
+
+
+def test_the_state_of_a_run_that_has_ended_is_that_it_has_ended(tmp_path: Path) -> None:
+    (tmp_path / "endpoint").write_text("tcp://127.0.0.1:9\n")
+    asked = str(tmp_path), "--wait", "0.1"
+    assert "no state server answered" in run(status_cli.main, *asked).output
+    summary = {"ended": "30 seconds", "time_to": {}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert f"the run in {tmp_path} has ended: 30 seconds." in run(status_cli.main, *asked).output
+
+
+def test_a_name_that_cannot_be_resolved_is_said_to_be_so() -> None:
+    there, nowhere = "tcp://localhost:9", "tcp://nosuchhost.invalid:9"
+    assert transport.waiting_for_state(there) == f"waiting for the state server at {there}"
+    for text in (transport.waiting_for_state(nowhere), transport.no_state_server(nowhere, 1.0)):
+        assert "its name cannot be resolved" in text
+    assert "its name" not in transport.no_state_server("ipc:///tmp/x", 1.0)
+
+
+def test_what_is_trained_is_said_in_words() -> None:
+    run = RunConfig(model="cnn", dataset="digits")
+    assert task(run.model, run.dataset) == "cnn on digits"
+    assert task("own", "digits") == "own loop"
