@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import click
 
-from esync import config, transport
+from esync import config, run_dir, transport
 from esync.errors import ConfigError, EsyncError
 from esync.version import VERSION
 
@@ -229,6 +229,7 @@ def results_directory(file: str, name: str | None, runs: str, mode: str, force: 
         path = Path(runs) / f"{base}-{number}"
         number += 1
     if path.exists() and any(path.iterdir()):
+        run_dir.check_free(path)
         if not force and not _is_blank(path):
             raise ConfigError(f"{path} has results already; choose another --name, or --force")
         if path.is_symlink() or not (path / "cluster.toml").is_file():
@@ -246,13 +247,15 @@ def _name_of(ctx: click.Context) -> str:
     return re.sub(r"^python.* -m esync\.(\w+)(\.cli)?", r"esync-\1", ctx.command_path)
 
 
-def _is_blank(run_dir: Path) -> bool:
+def _is_blank(directory: Path) -> bool:
     """Whether nothing came of the run in that directory: it did not start, or ended before anything was trained."""
+    if run_dir.is_in_use(directory):
+        return False
     try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
         return bool(summary["rounds"] == 0)
     except FileNotFoundError:
-        return (run_dir / "cluster.toml").is_file() and not any(run_dir.glob("*.jsonl"))
+        return (directory / "cluster.toml").is_file() and not any(directory.glob("*.jsonl"))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

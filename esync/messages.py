@@ -47,8 +47,8 @@ def check_worker_id(worker: str) -> None:
 
 
 def peer_of(worker: str, life: str) -> str:
-    """A worker's identity on the control channel. Of two processes that have one name each has its own, so that neither
-    takes the other's answers."""
+    """The identity of a worker or parameter server on the control channel. Of two processes with one name each has
+    another, so neither takes the other's answers."""
     return f"{worker}\0{life}" if life else worker
 
 

@@ -47,6 +47,8 @@ DROPS = 16
 QUEUED = 100_000
 """When so many messages wait and there are no limits, no more are taken off the socket, so that its high-water mark
 holds the sender back."""
+NOTHING = messages.encode(messages.Status())
+"""A message that says nothing."""
 # Plain integers: combining pyzmq's enumerations takes longer than sending a message.
 NOBLOCK = int(zmq.NOBLOCK)
 NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -119,6 +121,17 @@ class MessageServer:
         self._outbox.append((peer, messages.encode(message)))
         if not self._routing and self._wake is not None:
             self._wake.set()
+
+    def reaches(self, peer: bytes) -> bool:
+        """Whether a peer of a ROUTER has a connection; from a handler. Found out by saying nothing to it."""
+        try:
+            self.socket.send(peer, NOBLOCK_MORE)
+            self.socket.send(NOTHING, NOBLOCK)
+        except zmq.Again:  # it has, but takes nothing at the moment
+            return True
+        except zmq.ZMQError:
+            return False
+        return True
 
     @property
     def queued(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import os
 import re
@@ -155,6 +156,11 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, *, insecure: bool = False) ->
             raise TransportError(
                 f"cannot bind {endpoint}: the address is already in use. Another esync may be running "
                 "there: stop it, or choose another port (tcp://HOST:* picks a free one)"
+            ) from error
+        if error.errno in (errno.ENODEV, errno.EADDRNOTAVAIL):
+            raise TransportError(
+                f"cannot bind {endpoint}: {host_of(endpoint)} is no address of this machine (nor the name of a network "
+                "interface; other names are not looked up)"
             ) from error
         raise TransportError(f"cannot bind {endpoint}: {zmq.strerror(error.errno or 0)}") from error
     return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")

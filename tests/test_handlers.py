@@ -38,6 +38,7 @@ class Server:
         self.sent = []
         self.said = []
         self.finished = 0
+        self.unreachable = set()  # identities whose connection is gone
         self.ps_agrees = True  # the parameter server goes by new members at once
         self.handlers = Handlers(
             RunConfig(**config),
@@ -45,6 +46,7 @@ class Server:
             lambda: self.now,
             say=self.said.append,
             finished=self._finish,
+            reaches=lambda peer: peer.decode() not in self.unreachable,
         )
 
     def _send(self, peer, message):
@@ -1059,6 +1061,17 @@ def test_of_two_processes_with_one_name_each_is_answered_itself_and_one_is_the_w
     assert to(new, server.gets(StopRun("enough")))
     server.gets(Leave("a", "died"), "a")
     assert "a" not in server.table.records, "who has started it says so in its name"
+
+
+def test_a_worker_whose_connection_is_gone_has_its_place_taken_at_once():
+    server = Server(workers=1, heartbeat_s=10.0)
+    server.ps()
+    old, new = (messages.peer_of("a", life) for life in ("old", "new"))
+    server.gets(Join("a", "worker", life="old"), old)
+    server.unreachable = {old}
+    (welcome,) = to(new, server.gets(Join("a", "worker", life="new"), new))
+    assert isinstance(welcome, Welcome)
+    assert server.table.records["a"].life == "new"
 
 
 def test_a_worker_named_like_the_parameter_server_is_not_taken_for_it():

@@ -31,6 +31,18 @@ def test_an_accuracy_counts_at_the_time_at_which_its_version_was_published():
     ]
 
 
+def test_a_version_that_is_evaluated_again_is_there_once():
+    history = History()
+    for version in (1, 2, 3):
+        history.evaluated(version, 0.1 * version, None, float(version))
+    history.evaluated(2, 0.25, 0.7, 9.0)
+    assert [(row["round"], row["accuracy"]) for row in history.accuracy] == [
+        (1, 0.1),
+        (2, 0.25),
+        (3, pytest.approx(0.3)),
+    ]
+
+
 def test_a_version_that_nobody_announced_counts_when_it_was_evaluated():
     history = History()
     history.evaluated(7, 0.5, None, t=3.25)

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from esync.messages import Join, Leave, Model, Report, Reset, Welcome
+from esync.cli import results_directory
+from esync.errors import ConfigError
+from esync.messages import Join, Leave, Model, Report, Reset, Welcome, peer_of
+from esync.run_dir import is_in_use
 from esync.tensors import DELTA, Layout, Leaf
 from esync.worker.assembly import Shards
 from tests.processes import QUICK
@@ -70,6 +73,44 @@ def test_a_run_waits_for_its_parameter_server_and_another_may_take_its_place():
         server.beat("a")
         server.tick(1.0)
     assert server.handlers.stopped == "the parameter server left: it was silent for too long"
+
+
+def second_ps(server, name, life):
+    """What a parameter server of another process is told; it brings no version."""
+    peer = peer_of(name, life)
+    return to(peer, server.gets(Join(name, "ps", endpoints=dict(ENDPOINTS), life=life), peer))
+
+
+@pytest.mark.parametrize(("name", "code"), [("ps", "name-taken"), ("other", "second-ps")])
+def test_a_second_parameter_server_does_not_take_the_place_of_one_that_lives(name, code):
+    server = running("a", mode="sync")
+    peer = peer_of(name, "2")
+    second = Join(name, "ps", endpoints={**ENDPOINTS, "push": "tcp://ps:77"}, life="2")
+    assert server.refuses(second, peer).code == code
+    for message in (Reset(name, 7, {}), Report(name, 7, 0, "serving")):
+        assert server.refuses(message, peer).code == "unknown-worker"
+    server.gets(Leave(name, "bye"), peer)
+    assert server.handlers.servers["ps"].endpoints == ENDPOINTS
+    assert (server.handlers.history.version, server.handlers.stopped) == (0, None)
+
+
+@pytest.mark.parametrize("name", ["ps", "other"])
+def test_one_that_died_is_replaced_as_soon_as_its_connection_is_gone(name):
+    server = running("a", mode="sync")
+    server.unreachable = {"ps"}
+    assert isinstance(second_ps(server, name, "2")[0], Welcome)
+    assert set(server.handlers.servers) == {name}
+    assert server.refuses(Report("ps", 1, 0, "serving"), "ps").code == "unknown-worker"
+    assert server.refuses(Join("ps", "ps", endpoints=dict(ENDPOINTS)), "ps").code in (
+        "name-taken",
+        "second-ps",
+    )
+
+
+def test_one_of_its_name_replaces_one_that_is_silent_though_its_connection_is_there():
+    server = running("a", mode="sync")
+    server.now += 2.6
+    assert isinstance(second_ps(server, "ps", "2")[0], Welcome)
 
 
 def test_a_state_server_goes_on_where_another_one_was():
@@ -157,6 +198,43 @@ def test_what_was_trained_before_a_state_server_died_is_in_the_summary_once():
 
 
 # Real processes
+
+
+def test_a_parameter_server_whose_state_server_is_gone_for_good_leaves_its_model(
+    processes, tmp_path
+):
+    run = Run(processes, tmp_path, "--mode", "sync", ps=("--wait", "2"))
+    run.rounds(5)
+    kill(run.state)
+    assert run.ps.wait(30) == 1
+    assert "is gone: no connection for 2 s" in processes.output("ps")
+    assert load_file(run.directory / "model.safetensors")
+
+
+def test_a_directory_in_which_a_run_goes_on_is_not_another_run_s(processes, tmp_path):
+    run = Run(processes, tmp_path, "--mode", "sync")
+    run.rounds(3)
+    where = ["--run-dir", str(run.directory)]
+    for more in ([], ["--resume"]):
+        second = processes.start(
+            "second", "esync.state.cli", "--bind", "tcp://127.0.0.1:*", *where, *more
+        )
+        assert second.wait(30) == 1
+    assert (
+        processes.output("second").count("is in use: the state server of another run has it") == 2
+    )
+    (run.directory / "cluster.toml").write_text("[run]\n")
+    for more in (["--force"], []):
+        with pytest.raises(ConfigError, match="is in use"):
+            results_directory("c", "run", str(tmp_path), "sync", bool(more))
+    assert (run.directory / "endpoint").read_text().strip() == run.endpoint
+    ps = processes.start("other", "esync.ps.cli", *run.join, "--name", "ps")
+    assert ps.wait(30) == 1
+    assert re.search("parameter server named 'ps' was heard .* ago", processes.output("other"))
+    before = run.version()
+    run.rounds(5)
+    assert run.end()["rounds"] > before
+    assert not is_in_use(run.directory)
 
 
 class Run:
@@ -352,6 +430,11 @@ def test_a_run_that_has_ended_is_gone_on_with(processes, tmp_path):
     for key in ("samples", "bytes_up", "bytes_down"):  # 12 rounds of 30
         assert summary[key] == pytest.approx(before[key] * 30 / 12, rel=0.2), key
     assert "going on from version 12" in (runs / "it" / "ps.log").read_text()
+    other = processes.start(
+        "other", "esync.run.cli", str(runs / "it" / "cluster.toml"), "--resume", "--model", "cnn"
+    )
+    assert other.wait(30) == 1
+    assert "has model = mlp, and cannot go on with cnn" in processes.output("other")
     wrong = processes.start("wrong", "esync.run.cli", str(tmp_path / "c.toml"), "--resume")
     assert wrong.wait(30) == 1
     assert "is not an earlier run's" in processes.output("wrong")

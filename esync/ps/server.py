@@ -100,6 +100,8 @@ MOST_PATIENCE_S = 60.0
 """Twice as long each time, but no longer than this."""
 RECV_BURST = 32
 UPSTREAM_BURST = 128
+PLACE_TAKEN = ("name-taken", "second-ps")
+"""Codes of errors that say that another process is in this one's place: one that died is soon noticed."""
 EVALUATOR = "e/"
 """What the names of evaluators begin with among subscribers, and their topics."""
 SOMEBODY = "somebody"
@@ -137,9 +139,13 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """To the control side itself: all that the tensor thread has told is dealt with."""
+    """To the control side itself: all that the tensor thread has told is dealt with.
+
+    `reason` is why that was ended, `farewell` what the state server is told.
+    """
 
     reason: str
+    farewell: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +234,8 @@ class TensorThread(threading.Thread):
                 self._writer.start()
             self._serve()
         except BaseException as error:
-            log.exception("the tensor thread failed")
+            if not isinstance(error, EsyncError):
+                log.exception("the tensor thread failed")
             self._tell(Failure(error))
         finally:
             self._pull.close()
@@ -898,6 +905,8 @@ class ParameterServer:
         self.state = state
         self.name = name or f"ps-{transport.hostname()}-{os.getpid()}"
         messages.check_worker_id(self.name)
+        self._life = secrets.token_hex(4)
+        self._refusal: ProtocolError | None = None
         self.thread: TensorThread | None = None
         self._backend = backend_for(self.config.device)
         self._context = context or zmq.Context.instance(transport.IO_THREADS)
@@ -938,7 +947,8 @@ class ParameterServer:
                 "device": device_memory.uuid_of(self._backend.cuda),
             }
             client = keys.client() if keys is not None else None
-            self._socket = transport.dealer(self._context, self.name, state, client)
+            identity = messages.peer_of(self.name, self._life)
+            self._socket = transport.dealer(self._context, identity, state, client)
         except BaseException:
             self._pull.close(0)
             self._xpub.close(0)
@@ -975,7 +985,7 @@ class ParameterServer:
 
     def stop(self) -> None:
         """End, from any thread or a signal handler on the loop."""
-        self._server.post_threadsafe(Leave(self.name, "stopped"))
+        self._server.post_threadsafe(Leave(self.name, "interrupted"))
 
     async def run(self) -> None:
         """Serve until the state server says that the run is over.
@@ -1014,11 +1024,19 @@ class ParameterServer:
                 told = True
                 self._say(transport.waiting_for_state(self.state))
             if self.thread is None and waited > self._wait_s:
-                self._error = TransportError(transport.no_state_server(self.state, self._wait_s))
+                silent = TransportError(transport.no_state_server(self.state, self._wait_s))
+                self._error = self._refusal or silent
                 self._server.stop()
                 return
+        lost_at: float | None = None
         while True:
             await asyncio.sleep(1.0)
+            now = time.monotonic()
+            lost_at = (lost_at or now) if transport.is_lost(self._socket) else None
+            if lost_at is not None and now - lost_at > self._wait_s and not self._left:
+                text = f"the state server at {self.state} is gone: no connection for {self._wait_s:g} s"
+                self._error = TransportError(text)
+                self._server.post(Leave(self.name, text))
             if self._rejoins:
                 self._server.send(b"", self._join_message())
             # With the version, so that a reset that was lost does no harm.
@@ -1028,6 +1046,7 @@ class ParameterServer:
         return Join(
             self.name,
             "ps",
+            life=self._life,
             rank=self.shard,
             host=transport.hostname(),
             device=self._backend.name,
@@ -1151,7 +1170,10 @@ class ParameterServer:
         if self.page is not None:
             self.page.ending("ended: the model is being written")
         self._end_thread()
-        self._server.post_threadsafe(Ended(message.reason))  # after what the thread has told
+        farewell = message.reason if peer == LOCAL else "done"
+        self._server.post_threadsafe(
+            Ended(message.reason, farewell)
+        )  # after what the thread has told
 
     def _on_ended(self, peer: bytes, event: Ended) -> None:
         """The tensor thread has ended, and its last version is in the log."""
@@ -1163,7 +1185,7 @@ class ParameterServer:
         refused = dict(self.thread.counters) if self.thread else {}
         shared = self.thread.bytes_shared if self.thread else 0
         self._journal.write("leave", reason=event.reason, refused=refused, bytes_shared=shared)
-        self._server.send(b"", Leave(self.name, "done"))
+        self._server.send(b"", Leave(self.name, event.farewell[: messages.MAX_TEXT]))
         self._server.stop()
 
     def _on_error(self, peer: bytes, message: Error) -> None:
@@ -1173,14 +1195,21 @@ class ParameterServer:
                 self._say("the state server does not know us: it was restarted. Joining it again")
                 self._server.send(b"", self._join_message())
             return
-        self._fail(ProtocolError(message.code, message.text))
+        error = ProtocolError(message.code, message.text)
+        if message.code in PLACE_TAKEN and self.thread is None and self._resume:
+            if self._refusal is None:
+                self._say(f"{message.text}. Waiting, in case that it is gone")
+            self._refusal = error
+            return
+        self._fail(error)
 
     def _on_refused(self, error: MessageError) -> None:
         if error.code == "version-mismatch":
             self._fail(ProtocolError(error.code, error.text))
 
     def _on_failure(self, peer: bytes, event: Failure) -> None:
-        self._fail(EsyncError(f"the tensor thread failed: {event.error}"))
+        known = isinstance(event.error, EsyncError)
+        self._fail(event.error if known else EsyncError(f"the tensor thread failed: {event.error}"))
 
     def _fail(self, error: BaseException) -> None:
         self._error = error

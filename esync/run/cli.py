@@ -15,7 +15,7 @@ import click
 import zmq
 from rich.console import Console
 
-from esync import cli, config, messages, transport
+from esync import cli, config, messages, run_dir, transport
 from esync.algorithms import algorithm
 from esync.config import ClusterConfig, RunConfig
 from esync.errors import ConfigError, EsyncError, ProtocolError
@@ -136,6 +136,14 @@ def _earlier(file: str, run: RunConfig) -> Path:
         raise ConfigError(
             f"--resume: {file} is not an earlier run's; give its runs/NAME/cluster.toml"
         )
+    run_dir.check_free(path.parent)
+    earlier = config.cluster(config.read(file)).run
+    for field in ("model", "dataset", "ps"):  # by which its checkpoints are what they are
+        before, now = getattr(earlier, field), getattr(run, field)
+        if before != now:
+            raise ConfigError(
+                f"--resume: the run in {path.parent} has {field} = {before}, and cannot go on with {now}"
+            )
     for done, limit, option, unit in (
         (saved.elapsed_s, run.duration_s, "--duration", "seconds"),
         (saved.version, run.rounds, "--rounds", "rounds"),
@@ -191,7 +199,7 @@ class _Run:
             EsyncError: a role died; the text says which and why.
         """
         launcher.write_config(self.cluster, self.directory / "cluster.toml")
-        (self.directory / "endpoint").unlink(missing_ok=True)
+        (self.directory / run_dir.ENDPOINT).unlink(missing_ok=True)
         state = self._roles("tcp://127.0.0.1:1")[0]
         self.roles = [state]
         state.start()

@@ -77,8 +77,9 @@ MAX_ENDPOINTS = 16
 """Entries in what a parameter server says of how it is reached."""
 WAITING_S = 10.0
 """Who waits to be welcomed and does not ask again for so long is forgotten."""
-SERVER_SILENCE_S = 5.0
-"""A parameter server reports every second; it is not missed sooner than after so long."""
+SERVER_SILENCE_S, SERVER_GONE_S = 5.0, 2.5
+"""A parameter server reports every second; it is not missed sooner than after so long. Another process of its name has
+its place sooner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +108,11 @@ class Waiting:
 
 @dataclass(slots=True)
 class Server:
-    """A parameter server that joined; its identity is its name."""
+    """A parameter server that joined."""
 
     worker: str
+    peer: bytes
+    life: str
     shard: int  # of the model, that it keeps
     endpoints: dict[str, Any]
     heard: float
@@ -132,6 +135,7 @@ class Handlers:
         finished: called once, when everybody has left a stopped run.
         run_key: told to everybody who is welcomed.
         max_peers: ids that may be in the run; some are kept free for the parameter servers.
+        reaches: whether a peer has a connection.
     """
 
     def __init__(
@@ -147,9 +151,11 @@ class Handlers:
         policy: Policy | None = None,
         run_key: bytes = b"",
         max_peers: int = MAX_PEERS,
+        reaches: Callable[[bytes], bool] = lambda peer: True,
     ) -> None:
         self.config = config
         self._max_peers = max_peers
+        self._reaches = reaches
         self._run_key = run_key
         self.policy = policy or policy_for(config)
         self.table = self.policy.table()
@@ -205,7 +211,7 @@ class Handlers:
     def saved(self) -> dict[str, Any]:
         """What another life of the state server needs to go on with this run."""
         return {
-            "elapsed_s": None if self.started is None else self.run_s(self._clock()),
+            "elapsed_s": None if self.started is None else self.elapsed_s,
             "ranks": self._ranks,
             "history": self.history.saved(),
         }
@@ -229,10 +235,11 @@ class Handlers:
 
     def standing(self, peer: bytes) -> Standing:
         """What a peer is to this server."""
-        record = self.table.records.get(messages.worker_of(peer))
+        name = messages.worker_of(peer)
+        record, server = self.table.records.get(name), self.servers.get(name)
         if record is not None and record.peer == peer:
             return Standing.MEMBER
-        known = peer.decode("utf-8", "replace") in self.servers
+        known = server is not None and server.peer == peer
         return Standing.SERVER if known else Standing.STRANGER
 
     # Joining
@@ -313,7 +320,10 @@ class Handlers:
                 "bad-field",
                 f"join of a ps: endpoints are at most {MAX_ENDPOINTS} texts and numbers",
             )
+        now = self._clock()
         known = self.servers.get(message.worker)
+        if known is not None and known.life != message.life:
+            self._check_gone("parameter server", known, now - known.heard, SERVER_GONE_S)
         if known is None and self._served():
             known = self._replaced()
         if known is None and self._served():
@@ -330,7 +340,7 @@ class Handlers:
             shard = known.shard
             if self.started is not None:
                 self._say(f"parameter server {message.worker} is back, from {message.host}")
-        server = Server(message.worker, shard, endpoints, self._clock())
+        server = Server(message.worker, peer, message.life, shard, endpoints, now)
         server.back = known is not None or self.history.version > 0
         self.servers[message.worker] = server
         self._send(peer, self._welcome(shard))
@@ -344,7 +354,7 @@ class Handlers:
     def _replaced(self) -> Server | None:
         """A parameter server that has been lost and is to be replaced, if there is one; it is forgotten."""
         for server in self.servers.values():
-            if server.lost_at is not None:
+            if server.lost_at is not None or not self._reaches(server.peer):
                 return self.servers.pop(server.worker)
         return None
 
@@ -392,13 +402,7 @@ class Handlers:
         now = self._clock()
         record = self.table.records.get(message.worker)
         if record is not None and record.life != message.life:
-            silent_s = now - record.heard
-            if silent_s < self.config.heartbeat_s / 2:
-                raise MessageError(
-                    "name-taken",
-                    f"a worker named {message.worker!r} was heard {silent_s:.1f} s ago; choose another --name, "
-                    "or, if that one was killed, try again in a few seconds",
-                )
+            self._check_gone(record.role, record, now - record.heard, self.config.heartbeat_s / 2)
             self._remove(message.worker, REPLACED)
             record = None  # nobody waits for it while it loads
         if record is not None:
@@ -427,6 +431,17 @@ class Handlers:
         self._journal.write("join", worker=message.worker, kind=message.role, rank=rank)
         self._say(f"{message.role} {message.worker} joined ({message.device or 'no device'})")
         return record
+
+    def _check_gone(
+        self, what: str, one: Record | Server, silent_s: float, enough_s: float
+    ) -> None:
+        """Raise MessageError if the process that has a name seems to live: it has a connection, and is not silent."""
+        if silent_s < enough_s and self._reaches(one.peer):
+            raise MessageError(
+                "name-taken",
+                f"a {what} named {one.worker!r} was heard {silent_s:.1f} s ago; choose another --name, or, if that one "
+                "was killed, try again in a few seconds",
+            )
 
     def _rank_for(self, message: Join) -> int:
         """The rank asked for or had before, if it is free, else the lowest free one."""
@@ -537,7 +552,7 @@ class Handlers:
 
     def on_members(self, peer: bytes, message: Members) -> None:
         """The parameter server goes by this epoch's members."""
-        server = self.servers.get(peer.decode("utf-8", "replace"))
+        server = self._server(peer, messages.worker_of(peer))
         if server is not None:
             server.epoch = message.epoch
         now = self._clock()
@@ -886,7 +901,7 @@ class Handlers:
         if lost:
             return f"the parameter server {lost[0]}, which is silent"
         if self.started is not None and not self.table.active():
-            return "a worker: none is left"
+            return "a worker" if self._standstill_s is not None else "a worker: none is left"
         if self._paused():
             few = self.config.min_workers - len(self.table.active())
             return f"{few} more worker{'s' if few > 1 else ''}: too few are left"
@@ -916,8 +931,8 @@ class Handlers:
         if self.stopped is None or self.table.records:
             return
         if self.servers:
-            for worker in self.servers:
-                self._send(worker.encode(), Leave(worker, self.stopped))
+            for server in self.servers.values():
+                self._send(server.peer, Leave(server.worker, self.stopped))
         elif not self._ended:
             self._ended = True
             self._finished()
@@ -945,7 +960,7 @@ class Handlers:
         workers: dict[str, Any] = {r.worker: r.rank for r in self._members()}
         layout = self.layout.to_wire() if self.layout else None
         members = Members(self._epoch, workers, layout, list(self._first))
-        self._send(server.worker.encode(), members)
+        self._send(server.peer, members)
 
     # Looking
 
@@ -972,7 +987,6 @@ class Handlers:
 
     def status(self) -> dict[str, Any]:
         """The live table, for people."""
-        now = self._clock()
         latest = self.history.accuracy[-1] if self.history.accuracy else {}
         return {
             "mode": self.config.mode,
@@ -980,7 +994,7 @@ class Handlers:
             "dataset": self.config.dataset,
             "round": self.history.version,
             "rounds": self.config.rounds,
-            "elapsed_s": self.run_s(now),
+            "elapsed_s": self.elapsed_s,
             "duration_s": self.config.duration_s,
             "target_accuracy": self.config.target_accuracy,
             "started": self.started is not None,
@@ -1012,8 +1026,12 @@ class Handlers:
 
     def summary(self) -> dict[str, Any]:
         """The summary of the run so far, or of the whole if it has ended."""
-        end = self._stopped_at if self.stopped is not None else self._clock()
-        return self.history.summary(self.config, self.run_s(end), self.stopped or "")
+        return self.history.summary(self.config, self.elapsed_s, self.stopped or "")
+
+    @property
+    def elapsed_s(self) -> float:
+        """How long the run has taken, up to its end."""
+        return self.run_s(self._clock() if self.stopped is None else self._stopped_at)
 
     def run_s(self, now: float) -> float:
         """The run's own time, in seconds since its start."""
@@ -1034,7 +1052,8 @@ class Handlers:
     def _server(self, peer: bytes, worker: str) -> Server | None:
         """The sender, if it is a parameter server of this run; MessageError if it speaks for another."""
         _check_identity(peer, worker)
-        return self.servers.get(worker) if peer == worker.encode() else None
+        server = self.servers.get(worker)
+        return server if server is not None and server.peer == peer else None
 
 
 def _check_texts(message: Join) -> None:

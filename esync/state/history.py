@@ -186,10 +186,12 @@ class History:
         self.accuracy = [row for row in self.accuracy if row["round"] <= version]
 
     def evaluated(self, version: int, accuracy: float, loss: float | None, t: float) -> None:
-        """A version was evaluated; it counts at the time at which it was published."""
+        """A version was evaluated, perhaps once more; it counts at the time at which it was published."""
         at = self.version_s.get(version, t)
         row = {"t": round(at, 4), "round": version, "accuracy": accuracy, "loss": loss}
-        bisect.insort(self.accuracy, row, key=lambda row: int(row["round"]))
+        i = bisect.bisect_left(self.accuracy, version, key=lambda row: int(row["round"]))
+        again = i < len(self.accuracy) and self.accuracy[i]["round"] == version
+        self.accuracy[i : i + again] = [row]
         if len(self.accuracy) > EVALUATIONS:
             self.accuracy = self.accuracy[::-2][::-1]
 

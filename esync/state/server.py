@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from esync.limits import MAX_PEERS, RATE, Limits
 from esync.messages import Message
 from esync.messaging import MessageServer
 from esync.metrics import MetricsPage, showing
+from esync.run_dir import Place
 from esync.state import metrics
 from esync.state.admission import check_key
 from esync.state.handlers import TICK_S, Handlers, StopRun, Tick
@@ -98,19 +100,21 @@ class StateServer:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._run_dir = Path(run_dir) if run_dir else None
-        if not resume:
-            self._look_for_another()
-        self._context = context or zmq.Context.instance()
-        self._socket = transport.router(self._context, keys)
-        try:
+        with ExitStack() as undone:
+            self._place = Place(self._run_dir) if self._run_dir else None
+            if self._place is not None:
+                undone.callback(self._place.close)
+            if not resume:
+                self._look_for_another()
+            self._context = context or zmq.Context.instance()
+            self._socket = transport.router(self._context, keys)
+            undone.callback(self._socket.close, 0)
             self.endpoint = transport.bind(self._socket, bind, insecure=insecure)
             self.page = self._page(metrics_bind, metrics_port) if metrics_port else None
-        except BaseException:
-            self._socket.close(0)
-            raise
+            undone.pop_all()
         self._journal = Journal(self._run_dir / "state.jsonl" if self._run_dir else None, "state")
-        if self._run_dir:
-            (self._run_dir / "endpoint").write_text(self.endpoint + "\n", encoding="utf-8")
+        if self._place is not None:
+            self._place.say(self.endpoint)
         self._allowed = keys.allowed if keys is not None else None
         checked = keys is not None and not self.endpoint.startswith("inproc://")
         self._server = MessageServer(
@@ -129,6 +133,7 @@ class StateServer:
             finished=self._server.stop,
             run_key=seal.new_key() if checked else b"",
             max_peers=max_peers,
+            reaches=self._server.reaches,
         )
         if resume:
             self._restore(say)
@@ -152,6 +157,8 @@ class StateServer:
             self.handlers.faults.close()
             self._journal.close()
             self._socket.close()
+            if self._place is not None:
+                self._place.close()
         return summary
 
     def _look_for_another(self) -> None:

@@ -19,6 +19,7 @@ from esync.errors import ConfigError, DataError, EsyncError, TransportError
 from esync.keys import load_client
 from esync.report.compare import read_summary
 from esync.run import view
+from esync.run_dir import ENDPOINT
 from esync.status.inquiry import Inquiry
 from esync.version import VERSION
 
@@ -80,7 +81,7 @@ def _endpoint(given: str) -> str:
     given = given or os.environ.get(transport.STATE) or transport.DEFAULT_STATE
     if "://" not in given and Path(given).is_dir():
         try:
-            given = (Path(given) / "endpoint").read_text(encoding="utf-8").strip()
+            given = (Path(given) / ENDPOINT).read_text(encoding="utf-8").strip()
         except OSError as error:
             raise ConfigError(f"{given} is no run's directory: it has no endpoint in it") from error
     return transport.resolved(transport.check_endpoint(given), transport.DEFAULT_STATE)
