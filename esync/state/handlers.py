@@ -825,15 +825,19 @@ class Handlers:
                 self.stop(f"{limit:g} seconds")
             self._say_waiting()
             self._say_progress(now)
-        if self.stopped is not None and now - self._stopped_at > LAST_LOOK_S:
-            self._say_last_look()
-        if self.stopped is not None and now - self._stopped_at > GOODBYE_S:
-            for record in list(self.table.records.values()):
-                # An evaluator may evaluate the last version for as long as it is heard of.
-                if record.role != "evaluator" or now - self._stopped_at > EVALUATION_S:
-                    log.warning("%s never said goodbye", record.worker)
-                    self._remove(record.worker, SPEECHLESS)
+        else:
+            self._see_off(now - self._stopped_at)
         self._end_when_alone()
+
+    def _see_off(self, since_s: float) -> None:
+        """The run was stopped so long ago: who has not left by now?"""
+        if since_s > LAST_LOOK_S:
+            self._say_last_look()
+        for record in list(self.table.records.values()) if since_s > GOODBYE_S else ():
+            # An evaluator may evaluate the last version for as long as it is heard of.
+            if record.role != "evaluator" or since_s > EVALUATION_S:
+                log.warning("%s never said goodbye", record.worker)
+                self._remove(record.worker, SPEECHLESS)
 
     def _forget_waiting(self, now: float) -> None:
         """Who waits asks again every second; who does not has gone."""

@@ -260,13 +260,14 @@ class Shards:
         # Asked after each local step: so without `versions` and `awaited`, which are slow.
         for assembly, begun, life in zip(self.assemblies, self.begun, self.lives, strict=True):
             if assembly.version <= (begun if assembly.incarnation in (life, "") else -1):
-                return self._uneven and self._is_even
+                return self._uneven and self._caught_up
         return True
 
     @property
-    def _is_even(self) -> bool:
-        """A worker that nobody waited for may begin from a model of which one shard had come to the next round, and
-        the others had not: when they have, it is in that round, and may be waited for."""
+    def _caught_up(self) -> bool:
+        """Whether the shards that were a round behind are no longer. A worker that nobody waited for may begin from a
+        model of which one shard had come to the next round, and the others had not: when they have, it is in that
+        round, and may be waited for."""
         versions = self.versions
         return min(self.begun) < min(versions) == max(versions)
 
