@@ -213,6 +213,27 @@ def test_bytes_of_a_run_without_a_summary_are_those_of_all_its_parameter_servers
     assert (summary["rounds"], summary["bytes_up"], summary["bytes_down"]) == (3, 5e6, 10e6)
 
 
+def test_the_time_in_which_a_run_stood_still_is_not_the_run_s(tmp_path):
+    """After 3 s it is gone on with, 100 s later; what is from the second between, belongs to the first part's end."""
+    rows = rows_of_a_run(rounds=4)
+    for row in rows:
+        row["t"] += 100.0 if row["t"] > 1e9 + 4.0 else 0.0
+    rows.append({"t": 1e9 + 103.0, "role": "state", "event": "goes_on", "run_s": 3.0})
+    write_rows(tmp_path / "virtual.jsonl", sorted(rows, key=lambda row: row["t"]))
+    log = LogReader(tmp_path).read()
+    assert [log.run_s(1e9 + t) for t in (-1.0, 2.0, 3.5, 50.0, 103.0, 104.5)] == [
+        -1,
+        2,
+        3,
+        3,
+        3,
+        4.5,
+    ]
+    published = [log.run_s(row.t) for row in log.published]
+    assert published == pytest.approx([1.25, 2.75, 4.25, 5.75])
+    assert load(tmp_path).summary["wall_s"] == pytest.approx(6.25)
+
+
 def test_a_run_that_has_not_started_has_done_nothing_yet(tmp_path):
     write_rows(tmp_path / "state.jsonl", rows_of_a_run()[:2])
     summary = load(tmp_path).summary

@@ -77,6 +77,7 @@ class Log:
     Attributes:
         starts, stops: when the state server said that a run started and stopped.
         stop_reason: what it said last on stopping.
+        resumes: when the clock of a run that was gone on with began to run again, and where it stood.
         joined, left: who joined (name -> worker or evaluator) and who left again.
         devices: worker -> the device that it named.
         first, last: times of the first and of the last row.
@@ -86,6 +87,7 @@ class Log:
     starts: list[float] = field(default_factory=list)
     stops: list[float] = field(default_factory=list)
     stop_reason: str = ""
+    resumes: list[tuple[float, float]] = field(default_factory=list)
     joined: dict[str, str] = field(default_factory=dict)
     left: set[str] = field(default_factory=set)
     devices: dict[str, str] = field(default_factory=dict)
@@ -103,6 +105,15 @@ class Log:
         if self.starts:
             return max(self.starts)
         return self.first if math.isfinite(self.first) else 0.0
+
+    def run_s(self, t: float) -> float:
+        """The run's own time at `t`: seconds since its start, without those in which it stood still."""
+        zero = self.zero
+        for at, stood in self.resumes:
+            if t < at:
+                return min(t - zero, stood)
+            zero = at - stood
+        return t - zero
 
     @property
     def present(self) -> set[str]:
@@ -138,6 +149,8 @@ class Log:
         elif event == "stop" and role == STATE:
             self.stops.append(t)
             self.stop_reason = str(row.get("reason", ""))
+        elif event == "goes_on" and role == STATE:
+            self.resumes.append((t, _seconds(row["run_s"])))
         elif event == "join" and role == STATE:
             self.joined[str(row["worker"])] = str(row.get("kind", "worker"))
             self.left.discard(str(row["worker"]))
@@ -152,6 +165,7 @@ class Log:
         since = max((t for t in self.stops if before < t < start), default=start)
         self.starts = [start]
         self.stops = [t for t in self.stops if t > start]
+        self.resumes = [(t, run_s) for t, run_s in self.resumes if t > start]
         self.rounds = {name: _since(since, rows) for name, rows in self.rounds.items()}
         self.rounds = {name: rows for name, rows in self.rounds.items() if rows}
         self.published = _since(since, self.published)

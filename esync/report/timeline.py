@@ -141,7 +141,7 @@ def _rounds(
     made: list[Interval] = []
     free = -math.inf  # where the round before ended: a clock that was set back makes no overlap
     for row in run.log.rounds.get(worker, []):
-        end = row.t - run.log.zero
+        end = run.log.run_s(row.t)
         at = end - row.total_s
         if end > begin_s and at < end_s:
             for kind, lasted_s in _parts(run, row, updates.of(worker, row)):
@@ -182,7 +182,7 @@ def _evaluations(run: Run, name: str, begin_s: float, end_s: float) -> list[Inte
     made: list[Interval] = []
     free = -math.inf
     for row in run.log.evaluations.get(name, []):
-        end = row.t - run.log.zero
+        end = run.log.run_s(row.t)
         begin = max(end - row.eval_s, free)
         if end > begin_s and begin < end_s and end - begin > SHORTEST_S:
             made.append(Interval(name, EVALUATING, begin, end, row.version))
@@ -202,7 +202,7 @@ def slowness(run: Run) -> dict[str, float]:
 def window(run: Run) -> tuple[float, float] | None:
     """(begin, end) in seconds of a few rounds in the middle of the run; None if there are none."""
     if run.algorithm.barrier:
-        edges = sorted(row.t - run.log.zero for row in run.log.published)
+        edges = sorted(run.log.run_s(row.t) for row in run.log.published)
         if len(edges) < 2:
             edges = _edges(run)
         count = ROUNDS
@@ -222,7 +222,8 @@ def _edges(run: Run) -> list[float]:
     if not spans:
         return []
     rows = run.log.rounds[max(spans, key=lambda name: spans[name])]
-    return [row.t - row.total_s - run.log.zero for row in rows] + [rows[-1].t - run.log.zero]
+    ends = [run.log.run_s(row.t) for row in rows]
+    return [end - row.total_s for end, row in zip(ends, rows, strict=True)] + ends[-1:]
 
 
 def chosen_window(
@@ -300,5 +301,5 @@ def _row(
 def _boundaries(run: Run, shown: tuple[float, float]) -> list[tuple[float, int]]:
     if not run.algorithm.barrier:
         return []
-    found = {row.version: row.t - run.log.zero for row in reversed(run.log.published)}
+    found = {row.version: run.log.run_s(row.t) for row in reversed(run.log.published)}
     return sorted((t, version) for version, t in found.items() if shown[0] <= t <= shown[1])

@@ -21,7 +21,7 @@ def summary_so_far(log: Log, config: dict[str, Any]) -> dict[str, Any]:
     Returns:
         the fields of `summary.json`; `bytes_up` and `bytes_down` are None if the log has no byte counts.
     """
-    wall_s = max(0.0, log.last - log.zero) if log.starts else 0.0
+    wall_s = max(0.0, log.run_s(log.last)) if log.starts else 0.0
     workers = [_worker(log, name) for name in _names(log)]
     samples = sum(row["samples"] for row in workers)
     newest = {row.server: row for row in log.published}.values()
@@ -59,7 +59,7 @@ def accuracy_rows(log: Log) -> list[dict[str, Any]]:
     """The log's test accuracies as a summary has them, by version."""
     rows = [
         {
-            "t": row.run_s if row.run_s is not None else max(0.0, row.t - log.zero),
+            "t": row.run_s if row.run_s is not None else max(0.0, log.run_s(row.t)),
             "round": row.version,
             "accuracy": row.accuracy,
             "loss": row.loss,

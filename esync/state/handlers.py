@@ -598,6 +598,7 @@ class Handlers:
     def _go_on(self, now: float) -> None:
         """The clock of a run that was gone on with does not run while everybody starts."""
         if self._standstill_s is not None:
+            self._journal.write("goes_on", run_s=round(self._standstill_s, 4))
             self.started, self._standstill_s = now - self._standstill_s, None
 
     def on_report(self, peer: bytes, message: Report) -> None:
