@@ -303,15 +303,15 @@ def test_the_parameter_server_is_killed_and_the_run_goes_on_from_its_checkpoint(
     processes,
     tmp_path,
 ):
-    """On the same ports, so that the old connections are tried again, and refused: it has another token."""
+    """On the same ports, so that the old connections are tried again, and refused: it has another token. Under its name,
+    or under another, as one has that is started without."""
     ports = ("--push-port", str(free_port()), "--model-port", str(free_port()))
     run = Run(processes, tmp_path, "--mode", "sync", "--outer", "momentum", ps=ports)
-    for _ in range(2):
+    for name in ("ps", "other"):
         run.rounds(20)
         processes.until(lambda: list((run.directory / "checkpoints").glob("*")), "a checkpoint")
         kill(run.ps)
-        time.sleep(0.5)
-        run.ps = run.start_ps("--resume")
+        run.ps = run.start_ps("--resume", "--name", name)
         run.rounds(20)
     summary = run.end()
     assert "going on from version" in processes.output("ps")
