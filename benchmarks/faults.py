@@ -347,7 +347,7 @@ def _overheard(context: zmq.Context[Any], state: str) -> dict[str, Any]:
         if not socket.poll(10_000):
             raise RuntimeError(f"{state} does not answer")
         welcome = messages.decode(socket.recv())
-        socket.send(messages.encode(messages.Leave("guest", "seen enough", "1")))
+        socket.send(messages.encode(messages.Leave("guest", "seen enough")))
     assert isinstance(welcome, messages.Welcome), welcome
     return dict(welcome.endpoints[0])
 

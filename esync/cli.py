@@ -5,23 +5,20 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import dataclasses
-import json
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import click
 
-from esync import config, run_dir, transport
-from esync.errors import ConfigError, EsyncError
+from esync import config, transport
+from esync.errors import EsyncError
 from esync.version import VERSION
 
 AGAIN_S = 0.05
@@ -177,21 +174,6 @@ def start_logging(verbose: bool) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def make_directory(path: str | None) -> Path | None:
-    """Make the run's directory.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    if path is None:
-        return None
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot make the directory {path}: {error.strerror}") from error
-    return Path(path)
-
-
 def results_options(command: F) -> F:
     """Options of the commands that make `runs/NAME`."""
     for option in (
@@ -212,52 +194,9 @@ def results_options(command: F) -> F:
     return command
 
 
-def results_directory(file: str, name: str | None, runs: str, mode: str, force: bool) -> Path:
-    """Make the run's directory; a name that was not given is made unique.
-
-    Raises:
-        ConfigError: there are results in it already, or it cannot be made.
-    """
-    base = name if name is not None else f"{Path(file).stem}-{mode}"
-    if base in ("", ".", "..") or Path(base).name != base:
-        raise ConfigError(
-            f"--name {base!r}: expected the name of one directory; --runs says where it goes"
-        )
-    path = Path(runs) / base
-    number = 2
-    while name is None and not force and (path / "cluster.toml").exists() and not _is_blank(path):
-        path = Path(runs) / f"{base}-{number}"
-        number += 1
-    if path.exists() and any(path.iterdir()):
-        run_dir.check_free(path)
-        if not force and not _is_blank(path):
-            raise ConfigError(f"{path} has results already; choose another --name, or --force")
-        if path.is_symlink() or not (path / "cluster.toml").is_file():
-            raise ConfigError(
-                f"{path} does not look like a run; remove it yourself, or choose another --name"
-            )
-        shutil.rmtree(path)
-    made = make_directory(str(path))
-    assert made is not None
-    return made
-
-
 def _name_of(ctx: click.Context) -> str:
     """What the user has typed, or would have: `esync-keys init`; roles are started as `python -m esync.ps.cli`."""
     return re.sub(r"^python.* -m esync\.(\w+)(\.cli)?", r"esync-\1", ctx.command_path)
-
-
-def _is_blank(directory: Path) -> bool:
-    """Whether nothing came of the run in that directory: it did not start, or ended before anything was trained."""
-    if run_dir.is_in_use(directory):
-        return False
-    try:
-        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-        return bool(summary["rounds"] == 0)
-    except FileNotFoundError:
-        return (directory / "cluster.toml").is_file() and not any(directory.glob("*.jsonl"))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 class Command(click.Command):

@@ -202,7 +202,6 @@ class Leave:
     TYPE: ClassVar[str] = "leave"
     worker: str
     reason: str = ""
-    life: str = ""
 
 
 @dataclass(slots=True)

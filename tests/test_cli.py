@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from esync import transport
-from esync.cli import results_directory
 from esync.config import RunConfig, task
 from esync.errors import ConfigError
 from esync.keys import cli as keys_cli
 from esync.report import cli as report_cli
 from esync.run import cli as run_cli
+from esync.run_dir import results_directory
 from esync.sim import cli as sim_cli
 from esync.status import cli as status_cli
 from esync.version import VERSION
@@ -43,7 +44,7 @@ def test_a_run_that_has_results_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has results already"):
         made(tmp_path)
     assert made(tmp_path, force=True) == tmp_path / "it"
-    assert not list((tmp_path / "it").iterdir())
+    assert not (tmp_path / "it" / "summary.json").exists()
 
 
 def test_a_run_that_may_be_going_on_has_results(tmp_path: Path) -> None:
@@ -52,19 +53,40 @@ def test_a_run_that_may_be_going_on_has_results(tmp_path: Path) -> None:
         made(tmp_path)
 
 
-@pytest.mark.parametrize(("rounds", "log"), [(None, False), (0, True)])
-def test_a_run_of_which_nothing_came_does_not_keep_its_name(
-    rounds: int | None, log: bool, tmp_path: Path
-) -> None:
+def test_a_run_of_which_nothing_came_does_not_keep_its_name(tmp_path: Path) -> None:
     for name in ("it", None):
         first = made(tmp_path, name)
-        leave(first, rounds, log)
+        leave(first, rounds=0)
         assert made(tmp_path, name) == first
-        assert not list(first.iterdir())
+        assert [path.name for path in first.iterdir()] == ["cluster.toml"]
+
+
+def test_a_run_that_begins_has_its_name(tmp_path: Path) -> None:
+    """From the first moment on: of two that begin at once each has its own."""
+    first = made(tmp_path, None)
+    assert made(tmp_path, None) == tmp_path / "c-sync-2"
+    with pytest.raises(ConfigError, match="has results already"):
+        made(tmp_path, first.name)
+    with ThreadPoolExecutor(8) as pool:
+        several = list(pool.map(lambda _: made(tmp_path, None), range(8)))
+    assert len(set(several)) == 8
+
+
+def test_what_else_lies_in_a_run_of_which_nothing_came_is_not_touched(tmp_path: Path) -> None:
+    directory = made(tmp_path)
+    leave(directory, rounds=0)
+    (directory / "train.py").write_text("work")
+    with pytest.raises(ConfigError, match="has results already"):
+        made(tmp_path)
+    (directory / "summary.json").unlink()
+    with pytest.raises(ConfigError, match="has results already"):
+        made(tmp_path)
+    assert (directory / "train.py").exists()
 
 
 def test_a_directory_that_is_no_run_is_not_touched(tmp_path: Path) -> None:
-    directory = made(tmp_path)
+    directory = tmp_path / "it"
+    directory.mkdir()
     (directory / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="has results already"):
         made(tmp_path)

@@ -1040,12 +1040,12 @@ def test_two_living_workers_cannot_have_one_name_but_a_killed_one_may_come_back(
 def test_of_two_processes_with_one_name_each_is_answered_itself_and_one_is_the_worker():
     server = Server(workers=1, heartbeat_s=10.0)
     old, new = (messages.peer_of("a", life) for life in ("old", "new"))
-    for life, peer in (("old", old), ("new", new)):
-        server.gets(Join("a", "worker", life=life), peer)
-        assert server.sent[0][0] == peer, "waiting"
-    server.gets(Leave("a", "", "old"), old)  # the one that asked last waits
-    assert isinstance(to(new, server.ps())[0], Welcome)
-    server.gets(Leave("a", "", "new"), new)
+    server.gets(Join("a", "worker", life="old"), old)
+    assert server.sent[0][0] == old, "waiting"
+    assert server.refuses(Join("a", "worker", life="new"), new).code == "name-taken"
+    server.gets(Leave("a"), new)
+    assert isinstance(to(old, server.ps())[0], Welcome)
+    server.gets(Leave("a"), old)
     for layout in (None, LAYOUT.to_wire()):
         server.gets(Join("a", "worker", life="old", layout=layout), old)
     assert to(old, server.gets(Query("a", 0, 0), old)), "the run starts"
@@ -1056,7 +1056,7 @@ def test_of_two_processes_with_one_name_each_is_answered_itself_and_one_is_the_w
     assert to(new, server.gets(Query("a", 0, 0), new))
     for message in (Query("a", 0, 1), Report("a", 0, 1, "train")):
         assert server.refuses(message, old).code == "unknown-worker"
-    server.gets(Leave("a", "done", "old"), old)
+    server.gets(Leave("a", "done"), old)
     assert server.table.records["a"].life == "new", "only one's own life ends"
     assert to(new, server.gets(StopRun("enough")))
     server.gets(Leave("a", "died"), "a")
@@ -1072,6 +1072,39 @@ def test_a_worker_whose_connection_is_gone_has_its_place_taken_at_once():
     (welcome,) = to(new, server.gets(Join("a", "worker", life="new"), new))
     assert isinstance(welcome, Welcome)
     assert server.table.records["a"].life == "new"
+
+
+def test_one_that_waits_and_asks_no_more_keeps_no_name():
+    server = Server(workers=1)
+    old, new = (messages.peer_of("a", life) for life in ("old", "new"))
+    server.gets(Join("a", "worker", life="old"), old)
+    server.now += 2.6
+    server.gets(Join("a", "worker", life="new"), new)
+    assert isinstance(to(new, server.ps())[0], Welcome)
+
+
+def test_an_identity_s_life_is_the_one_that_joins():
+    server = Server(workers=1)
+    wrong = server.refuses(Join("a", "worker", life="x"), messages.peer_of("a", "y"))
+    assert wrong.code == "wrong-id"
+
+
+def test_the_last_versions_of_several_parameter_servers_count_though_one_has_left():
+    server = Server(workers=1, ps=2)
+    for name in ("ps", "ps1"):
+        server.gets(Join(name, "ps", endpoints=dict(ENDPOINTS)))
+    server.member("a")
+    for name in ("ps", "ps1"):
+        server.gets(Reset(name, 1, {}, 10, 20))
+    server.gets(StopRun("enough"))
+    server.gets(Leave("a", "done"))
+    server.gets(Reset("ps", 2, {}, 30, 40))
+    server.gets(Leave("ps", "done"))
+    server.gets(Reset("ps1", 2, {}, 50, 60))
+    server.gets(Leave("ps1", "done"))
+    summary = server.handlers.summary()
+    assert (summary["rounds"], summary["bytes_up"], summary["bytes_down"]) == (2, 80, 100)
+    assert server.finished == 1
 
 
 def test_a_worker_named_like_the_parameter_server_is_not_taken_for_it():

@@ -283,7 +283,7 @@ def test_a_model_that_is_lost_on_the_way_is_fetched_while_training_goes_on() -> 
 
 def leave_and_miss(worker: Worker, versions: int) -> None:
     """As if evicted: the others go on without this worker, which notices nothing until it is told."""
-    worker._link.inbox.put(Leave(worker.name, "evicted", worker._link._join.life))
+    worker._link.inbox.put(Leave(worker.name, "evicted"))
     missed = version_of(worker) + versions
     until(worker, lambda: version_of(worker) >= missed, f"version {missed}")
 

@@ -268,6 +268,23 @@ def test_an_interrupt_is_heard_where_python_ignores_exceptions(name: str) -> Non
     assert (found.stdout, found.stderr) == ("interrupted\n", "")
 
 
+def test_a_run_that_did_not_start_does_not_keep_its_name(
+    processes: Processes, tmp_path: Path
+) -> None:
+    processes.start("state", "esync.state.cli", "--bind", "tcp://127.0.0.1:*")
+    taken = processes.wait_for("state", r"state server at (tcp://\S+):").group(1)
+    cluster = _cluster(tmp_path)
+    good = cluster.read_text()
+    cluster.write_text(good.replace("tcp://127.0.0.1:*", taken))
+    run = [str(cluster), "--runs", str(tmp_path / "runs"), "--name", "it", "--rounds", "2"]
+    status, output = command("esync.run.cli", *run)
+    assert status == 1
+    assert "already in use" in output
+    cluster.write_text(good)
+    again = processes.start("again", "esync.run.cli", *run)
+    assert again.wait(90) == 0, processes.output("again")
+
+
 def test_a_port_in_use_is_said_to_be_in_use(processes: Processes) -> None:
     processes.start("state", "esync.state.cli", "--bind", "tcp://127.0.0.1:*")
     endpoint = processes.wait_for("state", r"state server at (tcp://\S+):").group(1)

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from esync.cli import results_directory
 from esync.errors import ConfigError
 from esync.messages import Join, Leave, Model, Report, Reset, Welcome, peer_of
-from esync.run_dir import is_in_use
+from esync.run_dir import is_in_use, results_directory
 from esync.tensors import DELTA, Layout, Leaf
 from esync.worker.assembly import Shards
 from tests.processes import QUICK
@@ -127,9 +126,16 @@ def test_a_state_server_goes_on_where_another_one_was():
     second.gets(Join("ps", "ps", endpoints=dict(ENDPOINTS)))
     second.gets(Report("ps", 1, 0, "serving"))
     assert second.handlers.history.version == 1
-    sent = second.member("b", rank=1)
-    (asked,) = [m for m in to("b", sent) if hasattr(m, "action")]
-    assert asked.action in ("train", "sync"), "it need not wait for the others"
+    asked = [m for m in to("b", second.member("b", rank=1)) if hasattr(m, "action")]
+    assert not asked, "it waits a while for the other"
+    assert second.handlers.waiting_for() == "1 more worker"
+    second.tick(1.0)
+    for _ in range(8):
+        second.beat("b")
+        assert not to("b", second.tick(1.0))
+    second.beat("b")
+    (asked,) = [m for m in to("b", second.tick(1.0)) if hasattr(m, "action")]
+    assert asked.action in ("train", "sync"), "who does not come is not waited for"
     assert second.table.records["b"].rank == 1
 
 
@@ -154,6 +160,9 @@ def test_the_clock_of_a_run_that_is_gone_on_with_stands_still_until_somebody_tra
     assert not any("round" in text for text in second.said[1:]), "there is no progress to speak of"
     assert second.handlers.run_s(second.now) == pytest.approx(20.0)
     second.member("a")
+    second.tick(3.0)
+    assert second.handlers.run_s(second.now) == pytest.approx(20.0)
+    second.member("b")
     second.beat("a")
     second.tick(3.0)
     assert second.handlers.run_s(second.now) == pytest.approx(23.0)
@@ -224,9 +233,9 @@ def test_a_directory_in_which_a_run_goes_on_is_not_another_run_s(processes, tmp_
         processes.output("second").count("is in use: the state server of another run has it") == 2
     )
     (run.directory / "cluster.toml").write_text("[run]\n")
-    for more in (["--force"], []):
-        with pytest.raises(ConfigError, match="is in use"):
-            results_directory("c", "run", str(tmp_path), "sync", bool(more))
+    for force, why in ((True, "is in use"), (False, "has results already")):
+        with pytest.raises(ConfigError, match=why):
+            results_directory("c", "run", str(tmp_path), "sync", force)
     assert (run.directory / "endpoint").read_text().strip() == run.endpoint
     ps = processes.start("other", "esync.ps.cli", *run.join, "--name", "ps")
     assert ps.wait(30) == 1
@@ -303,8 +312,8 @@ def test_the_parameter_server_is_killed_and_the_run_goes_on_from_its_checkpoint(
     processes,
     tmp_path,
 ):
-    """On the same ports, so that the old connections are tried again, and refused: it has another token. Under its name,
-    or under another, as one has that is started without."""
+    """On the same ports, so that the old connections are tried again, and refused: it has another token. Under its name
+    and under another, as one has that is started without."""
     ports = ("--push-port", str(free_port()), "--model-port", str(free_port()))
     run = Run(processes, tmp_path, "--mode", "sync", "--outer", "momentum", ps=ports)
     for name in ("ps", "other"):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import zmq
 
-from esync import transport
+from esync import messages, transport
 from esync.errors import TransportError
+from esync.messaging import MessageServer
 
 
 @pytest.fixture
@@ -58,6 +60,26 @@ def test_nothing_listens_beyond_loopback_unless_told_to(
     assert not transport.is_local(endpoint)
     with pytest.raises(TransportError, match="--insecure"):
         transport.bind(router(), endpoint)
+
+
+def test_a_router_reaches_whose_connection_is_there(
+    router: Callable[[], zmq.Socket[bytes]],
+) -> None:
+    socket = router()
+    bound = transport.bind(socket, "tcp://127.0.0.1:*")
+    server = MessageServer(socket)
+    assert not server.reaches(b"w\0x")
+    with transport.dealer(socket.context, "w\0x", bound) as dealer:
+        dealer.send(b"hello")
+        assert socket.poll(5000)
+        assert server.reaches(b"w\0x")
+        assert not server.reaches(b"w\0y")
+        assert messages.decode(dealer.recv()) == messages.Status(), "which says nothing"
+    deadline = time.monotonic() + 5
+    while server.reaches(b"w\0x"):
+        assert time.monotonic() < deadline
+        if socket.poll(1):
+            socket.recv_multipart()
 
 
 def test_a_wildcard_port_becomes_a_real_one(

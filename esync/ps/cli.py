@@ -12,6 +12,7 @@ from esync.config import PsConfig
 from esync.errors import ConfigError
 from esync.ps import checkpoint
 from esync.ps.server import ParameterServer
+from esync.run_dir import make_directory
 
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 100})
@@ -70,7 +71,7 @@ def main(
     server = ParameterServer(
         cli.state_endpoint(connect, raw),
         ps,
-        run_dir=cli.make_directory(run_dir),
+        run_dir=make_directory(run_dir),
         wait_s=wait,
         name=name,
         shard=shard,

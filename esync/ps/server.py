@@ -911,8 +911,7 @@ class ParameterServer:
         self._backend = backend_for(self.config.device)
         self._context = context or zmq.Context.instance(transport.IO_THREADS)
         self._run_dir = Path(run_dir) if run_dir else None
-        role = f"ps{shard}" if shard else "ps"
-        self._journal = Journal(self._run_dir / f"{role}.jsonl" if self._run_dir else None, role)
+        self._journal = Journal(None, "ps")  # until it is known which shard it has
         self._say = say
         self._wait_s = wait_s
         self._error: BaseException | None = None
@@ -1084,10 +1083,16 @@ class ParameterServer:
             checkpoint_s=self.config.checkpoint_s,
         )
         self.shard = message.rank
+        self._journal.close()
+        self._journal = self._journal_of(message.rank)
         self.thread.start()
         told = {name: value for name, value in self.endpoints.items() if name != "token"}
         self._journal.write("welcome", endpoints=told, device=self._backend.name)
         self._say(f"averaging for mode {config.mode}; updates at {self.endpoints['push']}")
+
+    def _journal_of(self, shard: int) -> Journal:
+        role = f"ps{shard}" if shard else "ps"
+        return Journal(self._run_dir / f"{role}.jsonl" if self._run_dir else None, role)
 
     def _welcomed_again(self, message: Welcome, envelope: Envelope) -> None:
         """The state server did not know us: it is another life of it."""

@@ -82,10 +82,12 @@ def main(
     cluster = config.cluster(config.read(file), cli.given(values, RunConfig))
     config.check_names(cluster.run)
     cluster.each_worker()
+    state = cluster.state
+    transport.check_open(state.bind, bool(state.keys or state.insecure))
     directory = (
         _earlier(file, cluster.run)
         if resume
-        else cli.results_directory(file, name, runs, cluster.run.mode, force)
+        else run_dir.results_directory(file, name, runs, cluster.run.mode, force)
     )
     if dry_run:
         _print_commands(cluster, directory)
@@ -158,10 +160,9 @@ def _earlier(file: str, run: RunConfig) -> Path:
 
 def _print_commands(cluster: ClusterConfig, directory: Path) -> None:
     """One line per role: name, host (- for this machine), and the command, with tabs between them."""
-    transport.check_open(cluster.state.bind, bool(cluster.state.keys or cluster.state.insecure))
     bind = launcher.fixed_port(cluster.state.bind)
     cluster = replace(cluster, state=replace(cluster.state, bind=bind))
-    launcher.write_config(cluster, directory / "cluster.toml")
+    launcher.write_config(cluster, directory / run_dir.CONFIG)
     outside = next((row.host for row in cluster.each_worker() if row.host), "127.0.0.1")
     endpoint = transport.advertised(bind, f"tcp://{outside.rpartition('@')[2]}:1")
     endpoint = transport.resolved(endpoint, "tcp://127.0.0.1:1")
@@ -198,13 +199,15 @@ class _Run:
         Raises:
             EsyncError: a role died; the text says which and why.
         """
-        launcher.write_config(self.cluster, self.directory / "cluster.toml")
+        launcher.write_config(self.cluster, self.directory / run_dir.CONFIG)
         (self.directory / run_dir.ENDPOINT).unlink(missing_ok=True)
         state = self._roles("tcp://127.0.0.1:1")[0]
         self.roles = [state]
         state.start()
         endpoint = launcher.wait_for_endpoint(self.directory, state)
         if endpoint is None:
+            if not self.resume:
+                (self.directory / run_dir.CONFIG).unlink()  # the next run may have the name
             raise EsyncError(f"the state server did not start: {state.why()}")
         self._bound = endpoint
         self.endpoint = transport.resolved(endpoint, "tcp://127.0.0.1:1")
@@ -289,7 +292,7 @@ class _Run:
 
     def close(self) -> None:
         """Leave no process behind."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN)  # takes STOP_S at most
         launcher.stop(self.roles)
         if self._inquiry is not None:

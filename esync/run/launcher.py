@@ -17,7 +17,7 @@ import tomli_w
 
 from esync.config import OWN, ClusterConfig, WorkerConfig, ps_names
 from esync.errors import ConfigError, EsyncError
-from esync.run_dir import ENDPOINT
+from esync.run_dir import endpoint_of
 from esync.transport import KEYS, NAME, RANK, STATE
 
 _PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -192,10 +192,10 @@ def environment_of(worker: WorkerConfig) -> dict[str, str]:
 
 def wait_for_endpoint(directory: Path, state: Role, timeout_s: float = 30.0) -> str | None:
     """Where the state server came to listen; None if it ended instead."""
-    path = directory / ENDPOINT
+    assert state.process is not None
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if path.exists() and (text := path.read_text().strip()):
+        if text := endpoint_of(directory, state.process.pid):
             return text
         if state.status is not None:
             return None

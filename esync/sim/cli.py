@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from esync import cli, config
+from esync import cli, config, run_dir
 from esync.algorithms import algorithm
 from esync.config import OWN, ClusterConfig, RunConfig
 from esync.errors import ConfigError, EsyncError
@@ -58,7 +58,7 @@ def main(
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     cluster = config.cluster(config.read(file), cli.given(values, RunConfig))
     check(cluster)
-    directory = cli.results_directory(file, name, runs, cluster.run.mode, force)
+    directory = run_dir.results_directory(file, name, runs, cluster.run.mode, force)
     cli.interrupt_on_sigterm()
     ended = ""
     try:
@@ -140,7 +140,7 @@ def simulate(
     from esync.sim.learner import Learner
 
     if directory is not None:
-        launcher.write_config(cluster, directory / "cluster.toml")
+        launcher.write_config(cluster, directory / run_dir.CONFIG)
     count = len(cluster.each_worker())
     say(f"virtual cluster of {count} workers: {cluster.run.mode}, {cluster.run.model}")
     learner = Learner(cluster.run, say)

@@ -8,6 +8,7 @@ import click
 
 from esync import cli, config, keys
 from esync.config import RunConfig, StateConfig
+from esync.run_dir import make_directory
 from esync.state.server import StateServer
 
 
@@ -44,7 +45,7 @@ def main(file: str | None, run_dir: str | None, verbose: bool, resume: bool, **v
         run,
         state.bind,
         insecure=state.insecure,
-        run_dir=cli.make_directory(run_dir),
+        run_dir=make_directory(run_dir),
         keys=keys.load_server(state.keys) if state.keys else None,
         resume=resume,
         max_peers=state.max_peers,

@@ -103,7 +103,11 @@ class Waiting:
 
     join: Join
     peer: bytes
-    asked: float  # when it last did
+    heard: float  # when it last asked
+
+    @property
+    def worker(self) -> str:
+        return self.join.worker
 
 
 @dataclass(slots=True)
@@ -164,6 +168,7 @@ class Handlers:
         self._standstill_s: float | None = None  # the run's time, until somebody trains again
         self.stopped: str | None = None
         self.servers: dict[str, Server] = {}
+        self._departed: list[Server] = []  # from a run that was stopped
         self._told: dict[int, dict[str, Any]] = {}  # shard -> the endpoints that workers know
         self.layout: Layout | None = None
         self._send = send
@@ -257,10 +262,18 @@ class Handlers:
             self.faults.say(message.worker, "version", text)
         if self.stopped is not None and message.worker not in self.table.records:
             raise MessageError("run-over", f"the run is over ({self.stopped})")
+        life = peer.partition(b"\0")[2].decode("utf-8", "replace")
+        if life and life != message.life:
+            raise MessageError(
+                "wrong-id", f"join.life is {message.life!r}, and the sender's {life!r:.80}"
+            )
         if message.role == "ps":
             self._ps_joins(peer, message)
             return
         self._check_room(message.worker)
+        waiting, now = self._waiting.get(message.worker), self._clock()
+        if waiting is not None and waiting.join.life != message.life:
+            self._check_gone(message.role, waiting, now - waiting.heard, SERVER_GONE_S)
         if message.layout is None or not self._served():
             self._wait_for_servers(peer, message)
         else:
@@ -433,7 +446,7 @@ class Handlers:
         return record
 
     def _check_gone(
-        self, what: str, one: Record | Server, silent_s: float, enough_s: float
+        self, what: str, one: Record | Server | Waiting, silent_s: float, enough_s: float
     ) -> None:
         """Raise MessageError if the process that has a name seems to live: it has a connection, and is not silent."""
         if silent_s < enough_s and self._reaches(one.peer):
@@ -487,7 +500,7 @@ class Handlers:
         )
         if self.stopped is not None:
             self._send(peer, Response(self.history.version, message.step, STOP))
-        elif self.started is None or not record.active:
+        elif self.started is None or self._standstill_s is not None or not record.active:
             self._wait_at_gate(record, message, now)
         else:
             self._answer(peer, record, message, now)
@@ -545,8 +558,7 @@ class Handlers:
             if text := self.waiting_for():
                 self._send(record.peer, Status(waiting_for=text))
             self._start_if_ready(now)
-        else:
-            self._go_on(now)
+        elif self._goes_on(now):
             self._open_gate(now)
             self._release(now)
 
@@ -595,11 +607,18 @@ class Handlers:
         count = len(self.table.active())
         self._say(f"the run starts with {count} worker{'s' if count > 1 else ''}")
 
-    def _go_on(self, now: float) -> None:
-        """The clock of a run that was gone on with does not run while everybody starts."""
-        if self._standstill_s is not None:
-            self._journal.write("goes_on", run_s=round(self._standstill_s, 4))
-            self.started, self._standstill_s = now - self._standstill_s, None
+    def _goes_on(self, now: float) -> bool:
+        """Whether the clock of a run that was gone on with runs again: when as many workers are back as it began with,
+        or some are and nobody else has come for a heartbeat's time."""
+        if self._standstill_s is None:
+            return True
+        active = self.table.active()
+        last = max((record.active_at for record in active), default=now)
+        if len(active) < self.config.workers and now - last < self.config.heartbeat_s:
+            return False
+        self._journal.write("goes_on", run_s=round(self._standstill_s, 4))
+        self.started, self._standstill_s = now - self._standstill_s, None
+        return True
 
     def on_report(self, peer: bytes, message: Report) -> None:
         now = self._clock()
@@ -669,12 +688,12 @@ class Handlers:
 
     def _published(self, server: Server, version: int, members: dict[str, Any], now: float) -> None:
         """A parameter server has published its shard of a version. The last one to do so makes it whole."""
-        servers = self.servers.values()
+        servers = [*self.servers.values(), *self._departed]
         before, server.version = server.version, max(server.version, version)
         if 0 < self.config.rounds <= version and not algorithm(self.config.mode).barrier:
             self._ends_with(server)
         version = min(other.version for other in servers)
-        if not self._served() or version < server.version or server.version == before:
+        if len(servers) < self.config.ps or version < server.version or server.version == before:
             return
         if server.back:
             server.back = False
@@ -733,7 +752,9 @@ class Handlers:
 
     def _server_gone(self, worker: str, why: str) -> None:
         """The model goes with it: a run that has begun is over."""
-        del self.servers[worker]
+        server = self.servers.pop(worker)
+        if self.stopped is not None:  # the others' last versions are still on their way
+            self._departed.append(server)
         self._say(f"parameter server {worker} left: {why}")
         if self.started is not None:
             self.stop(f"the parameter server left: {why}")
@@ -818,6 +839,9 @@ class Handlers:
             self._show(watcher, now)
         self._forget_waiting(now - event.late_s)
         self._round_at += event.late_s
+        if self._standstill_s is not None and self._at_gate and self._goes_on(now):
+            self._open_gate(now)
+            self._release(now)
         if self.started is not None and self.stopped is None:
             self._look_for_late(now)
         limit = self.config.duration_s
@@ -842,7 +866,7 @@ class Handlers:
 
     def _forget_waiting(self, now: float) -> None:
         """Who waits asks again every second; who does not has gone."""
-        gone = [w for w, one in self._waiting.items() if now - one.asked > WAITING_S]
+        gone = [w for w, one in self._waiting.items() if now - one.heard > WAITING_S]
         for worker in gone:
             del self._waiting[worker]
 
@@ -900,13 +924,13 @@ class Handlers:
                 return "the parameter server"
             return f"{lacking} more parameter server{'s' if lacking > 1 else ''}"
         missing = self.config.workers - len(self.table.active())
-        if self.started is None and missing > 0:
+        if (self.started is None or self._standstill_s is not None) and missing > 0:
             return f"{missing} more worker{'s' if missing > 1 else ''}"
         lost = [server.worker for server in self.servers.values() if server.lost_at is not None]
         if lost:
             return f"the parameter server {lost[0]}, which is silent"
         if self.started is not None and not self.table.active():
-            return "a worker" if self._standstill_s is not None else "a worker: none is left"
+            return "a worker: none is left"
         if self._paused():
             few = self.config.min_workers - len(self.table.active())
             return f"{few} more worker{'s' if few > 1 else ''}: too few are left"

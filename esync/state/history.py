@@ -173,10 +173,12 @@ class History:
         self.accuracy = [dict(row) for row in saved["accuracy"]]
         self.bytes_up, self.bytes_down = (int(n) for n in saved["bytes"])
         self.split_digest = str(saved["split_digest"])
-        self.passages = [Passage.restored(stay, t) for stay in saved["stays"]]
+        self.passages = [Passage.restored(stay, t) for stay in saved.get("stays", [])]
         self.ended = len(self.passages)
-        self.summed = Counter(saved["summed"])
-        self.gone = Counter({(str(role), str(why)): int(n) for role, why, n in saved["gone"]})
+        self.summed = Counter(saved.get("summed", {}))
+        self.gone = Counter(
+            {(str(role), str(why)): int(n) for role, why, n in saved.get("gone", [])}
+        )
 
     def roll_back(self, version: int) -> None:
         """The run goes on from this version: what came after it does not count."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -101,7 +102,7 @@ class StateServer:
     ) -> None:
         self._run_dir = Path(run_dir) if run_dir else None
         with ExitStack() as undone:
-            self._place = Place(self._run_dir) if self._run_dir else None
+            self._place = Place(self._run_dir, os.getpid()) if self._run_dir else None
             if self._place is not None:
                 undone.callback(self._place.close)
             if not resume:

@@ -13,6 +13,7 @@ from esync.config import WorkerConfig
 from esync.errors import ConfigError
 from esync.journal import Journal
 from esync.keys import SERVER, load_client
+from esync.run_dir import make_directory
 
 
 @click.command(cls=cli.Command, context_settings={"max_content_width": 100})
@@ -44,7 +45,7 @@ def main(
     options = cli.given(values, WorkerConfig)
     row = _row_of(raw, options.get("name", "")) if raw and not evaluate else {}
     settings = config.build(WorkerConfig, {**row, **options}, "workers")
-    directory = cli.make_directory(run_dir)
+    directory = make_directory(run_dir)
     endpoint = cli.state_endpoint(connect, raw)
     with cli.ended_at_once():
         from esync.worker import loop  # JAX takes a second to import: not for --help

@@ -119,6 +119,7 @@ class Link(threading.Thread):
         self._last_said = ""
         self._faults = FaultLog(log)
         self._answered = False
+        self._taken_at: float | None = None  # since when our name is another's
         self._began = 0.0
         self._joined_at = 0.0
         self._beat_at = 0.0
@@ -361,9 +362,12 @@ class Link(threading.Thread):
             if time.monotonic() - self._joined_at > RETRY_S:
                 self._send_join()
             return
-        if message.code == "name-taken" and time.monotonic() - self._began < NAME_TAKEN_S:
-            self._tell(message.text)  # the one that was killed is soon forgotten
-            return
+        if message.code == "name-taken" and not self.shared.accepted:
+            now = time.monotonic()
+            self._taken_at = self._taken_at or now
+            if now - self._taken_at < NAME_TAKEN_S:
+                self._tell(message.text)  # the one that was killed is soon forgotten
+                return
         self._fail(ProtocolError(message.code, message.text))
 
     def _on_complete(self) -> None:
@@ -476,6 +480,6 @@ class Link(threading.Thread):
     def close(self, reason: str) -> None:
         """Say goodbye and end the thread."""
         if self.is_alive():
-            self.inbox.put(Leave(self._join.worker, reason, self._join.life))
+            self.inbox.put(Leave(self._join.worker, reason))
             self.inbox.put(None)
             self.join(timeout=5)
