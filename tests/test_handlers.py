@@ -1089,17 +1089,22 @@ def test_an_identity_s_life_is_the_one_that_joins():
     assert wrong.code == "wrong-id"
 
 
-def test_the_last_versions_of_several_parameter_servers_count_though_one_has_left():
+@pytest.mark.parametrize("why", ["the run ends", "a server is interrupted"])
+def test_the_last_versions_of_several_parameter_servers_count_though_one_has_left(why):
     server = Server(workers=1, ps=2)
     for name in ("ps", "ps1"):
         server.gets(Join(name, "ps", endpoints=dict(ENDPOINTS)))
     server.member("a")
+    server.gets(Members(server.handlers._epoch, {}), "ps1")
+    assert server.handlers.started is not None
     for name in ("ps", "ps1"):
         server.gets(Reset(name, 1, {}, 10, 20))
-    server.gets(StopRun("enough"))
-    server.gets(Leave("a", "done"))
+    if why == "the run ends":
+        server.gets(StopRun("enough"))
+        server.gets(Leave("a", "done"))
     server.gets(Reset("ps", 2, {}, 30, 40))
-    server.gets(Leave("ps", "done"))
+    server.gets(Leave("ps", "interrupted"))
+    server.gets(Leave("a", "done"))
     server.gets(Reset("ps1", 2, {}, 50, 60))
     server.gets(Leave("ps1", "done"))
     summary = server.handlers.summary()

@@ -168,7 +168,7 @@ class Handlers:
         self._standstill_s: float | None = None  # the run's time, until somebody trains again
         self.stopped: str | None = None
         self.servers: dict[str, Server] = {}
-        self._departed: list[Server] = []  # from a run that was stopped
+        self._departed: list[Server] = []  # from a run that had begun
         self._told: dict[int, dict[str, Any]] = {}  # shard -> the endpoints that workers know
         self.layout: Layout | None = None
         self._send = send
@@ -753,10 +753,9 @@ class Handlers:
     def _server_gone(self, worker: str, why: str) -> None:
         """The model goes with it: a run that has begun is over."""
         server = self.servers.pop(worker)
-        if self.stopped is not None:  # the others' last versions are still on their way
-            self._departed.append(server)
         self._say(f"parameter server {worker} left: {why}")
         if self.started is not None:
+            self._departed.append(server)  # the others' last versions are still on their way
             self.stop(f"the parameter server left: {why}")
 
     def _look_for_late(self, now: float) -> None:
