@@ -106,6 +106,21 @@ def test_one_that_died_is_replaced_as_soon_as_its_connection_is_gone(name):
     )
 
 
+def test_a_parameter_server_whose_connection_is_gone_is_soon_missed():
+    server = running("a", mode="sync")
+    server.tick(2.4)
+    assert server.handlers.waiting_for() == ""
+    server.beat("a")
+    server.tick(0.2)
+    assert server.handlers.waiting_for() == "", "it has a connection, and may be busy"
+    server.unreachable = {"ps"}
+    server.tick(0.2)
+    assert server.handlers.waiting_for() == "the parameter server ps, which is silent"
+    server.unreachable = set()
+    server.gets(Report("ps", 0, 0, "serving"))
+    assert server.handlers.waiting_for() == ""
+
+
 def test_one_of_its_name_replaces_one_that_is_silent_though_its_connection_is_there():
     server = running("a", mode="sync")
     server.now += 2.6

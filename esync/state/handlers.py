@@ -78,8 +78,8 @@ MAX_ENDPOINTS = 16
 WAITING_S = 10.0
 """Who waits to be welcomed and does not ask again for so long is forgotten."""
 SERVER_SILENCE_S, SERVER_GONE_S = 5.0, 2.5
-"""A parameter server reports every second; it is not missed sooner than after so long. Another process of its name has
-its place sooner."""
+"""A parameter server reports every second; it is not missed sooner than after so long. If its connection is gone it is,
+and another process of its name has its place sooner in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -831,7 +831,10 @@ class Handlers:
                     self._remove(record.worker, f"{EVICTED}: its connection is gone")
         for server in list(self.servers.values()):
             silent_s = now - server.heard
-            if silent_s > max(self.config.heartbeat_s, SERVER_SILENCE_S):
+            goes_on = self.started is not None and self.stopped is None
+            if silent_s > max(self.config.heartbeat_s, SERVER_SILENCE_S) or (
+                goes_on and silent_s > SERVER_GONE_S and not self._reaches(server.peer)
+            ):
                 self._server_lost(server, silent_s)
         impatient, self._impatient = self._impatient, set()
         for watcher in impatient:
