@@ -622,8 +622,8 @@ class Handlers:
 
     def on_report(self, peer: bytes, message: Report) -> None:
         now = self._clock()
-        server = self._server(peer, message.worker)
-        if server is not None:
+        server = self.servers.get(message.worker)
+        if server is not None and server.peer == peer:
             server.heard, server.lost_at = now, None
             if server.epoch != self._epoch:  # lost on the way
                 self._send_members(server)
@@ -1072,19 +1072,19 @@ class Handlers:
 
     def _record(self, peer: bytes, worker: str) -> Record:
         """The sender's record; MessageError if it is not a member, or another process has its name by now."""
-        _check_identity(peer, worker)
         record = self.table.records.get(worker)
-        if record is None or record.peer != peer:
-            raise MessageError(
-                "unknown-worker", f"{worker} is not a member of this run; join first"
-            )
-        return record
+        if record is not None and record.peer == peer:
+            return record
+        _check_identity(peer, worker)
+        raise MessageError("unknown-worker", f"{worker} is not a member of this run; join first")
 
     def _server(self, peer: bytes, worker: str) -> Server | None:
         """The sender, if it is a parameter server of this run; MessageError if it speaks for another."""
-        _check_identity(peer, worker)
         server = self.servers.get(worker)
-        return server if server is not None and server.peer == peer else None
+        if server is not None and server.peer == peer:
+            return server
+        _check_identity(peer, worker)
+        return None
 
 
 def _check_texts(message: Join) -> None:
