@@ -167,6 +167,14 @@ def test_curves_are_over_time_rounds_and_bytes(tmp_path):
     assert shown[3].curves[0].y.tolist() == pytest.approx([0.9, 0.8, 0.7])
 
 
+def test_of_a_worker_that_came_back_the_time_of_all_its_stays_counts():
+    row = {"name": "fast", "device": "cpu", "steps": 1, "samples": 1, "eval_s": 9.0}
+    first = {**row, "compute_s": 6.0, "query_s": 1.0, "sync_s": 1.0, "compute_ratio": 0.75}
+    second = {**row, "compute_s": 0.0, "query_s": 1.0, "sync_s": 3.0, "compute_ratio": 0.0}
+    shown = table(named("a", workers=[first, second]), named("b", workers=[first]))
+    assert shown["computing: fast, cpu"] == ["50%", "75%"]
+
+
 def test_a_report_in_the_place_of_another_leaves_no_timelines_of_that(tmp_path):
     columns = [entries([load(write_run(tmp_path / name))]) for name in ("one", "two")]
     for column in columns:

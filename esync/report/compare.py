@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from esync.errors import DataError
+from esync.state.history import TOTALS, compute_ratio
 
 MANY = 24
 """Workers that get a row each; of more than so many the least, the mean and the greatest are told."""
@@ -190,10 +191,18 @@ def _computing(summaries: list[dict[str, Any]]) -> list[Row]:
 
 
 def computing_ratios(summary: dict[str, Any]) -> dict[str, float]:
-    """Worker -> its share of time computing, on its last stay; of several runs the mean."""
+    """Worker -> its share of time computing, in all of its stays; of several runs the mean."""
     found: dict[str, list[float]] = {}
     for member in summary.get("members", [summary]):
-        last = {row["name"]: float(row["compute_ratio"]) for row in member["workers"]}
-        for name, ratio in last.items():
-            found.setdefault(name, []).append(ratio)
+        stays: dict[str, list[dict[str, Any]]] = {}
+        for row in member["workers"]:
+            stays.setdefault(row["name"], []).append(row)
+        for name, rows in stays.items():
+            found.setdefault(name, []).append(_computing_ratio(rows))
     return {name: fmean(ratios) for name, ratios in found.items()}
+
+
+def _computing_ratio(stays: list[dict[str, Any]]) -> float:
+    if len(stays) == 1:
+        return float(stays[0]["compute_ratio"])
+    return compute_ratio({key: sum(stay[key] for stay in stays) for key in TOTALS})
