@@ -239,7 +239,14 @@ def layout_of(leaves: list[tuple[str, str, Any]]) -> Layout:
     """
     rows = []
     for kind, path, array in leaves:
-        shape, dtype = np.shape(array), np.dtype(getattr(array, "dtype", type(array)))
+        shape = np.shape(array)
+        try:
+            dtype = np.dtype(getattr(array, "dtype", type(array)))
+        except TypeError as error:
+            kind = f"{type(array).__module__}.{type(array).__name__}"
+            raise ModelError(
+                f"the leaf {path} is a {kind}; leaves are arrays of NumPy or JAX"
+            ) from error
         if dtype.kind != "f" and dtype.name != "bfloat16":
             raise ModelError(
                 f"the leaf {path} has dtype {dtype.name}; only floating-point leaves can be averaged. "

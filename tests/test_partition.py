@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esync.data.partition import KINDS, digest, split
-from esync.errors import ConfigError
+from esync.data.partition import KINDS, batches, digest, split
+from esync.errors import ConfigError, ModelError
 
 kinds = st.sampled_from(KINDS)
 seeds = st.integers(0, 2**40)
@@ -29,6 +29,12 @@ def test_every_sample_belongs_to_exactly_one_worker(labels_parts, kind, seed):
     assert len(parts) == count
     assert all(part.dtype == np.int32 for part in parts)
     assert sorted(np.concatenate(parts)) == list(range(len(labels)))
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_has_at_least_one_sample(size):
+    with pytest.raises(ModelError, match="at least one sample"):
+        next(batches(np.arange(9, dtype=np.int32), size, 0, 0))
 
 
 @given(labels_and_parts(), kinds, seeds)

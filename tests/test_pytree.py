@@ -141,6 +141,26 @@ def test_a_random_key_is_refused():
         Packer({"w": jnp.ones(3), "key": jax.random.PRNGKey(0)})
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3, 3), (3, 2), (1, 3), (6,)])
+def test_a_leaf_of_another_shape_is_refused_by_its_name(place, shape):
+    packer = Packer(place(PARAMS), place(STATS))
+    dense = {**PARAMS["dense"], "kernel": np.zeros(shape, np.float32)}
+    wrong = place({**PARAMS, "dense": dense})
+    for use in (packer.pack, packer.snapshot):
+        with pytest.raises(ModelError, match=r"leaf params/dense/kernel given to step has shape"):
+            use(wrong, place(STATS))
+
+
+def test_a_leaf_that_is_no_array_of_numpy_or_jax_is_named():
+    class Tensor:
+        shape, dtype = (2,), "torch.float32"
+
+    with pytest.raises(
+        ModelError, match=r"leaf params/w is a .*Tensor; leaves are arrays of NumPy"
+    ):
+        Packer({"w": Tensor()})
+
+
 def test_a_tree_without_arrays_is_refused():
     with pytest.raises(ModelError, match="no parameters"):
         Packer({})

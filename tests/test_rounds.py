@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from esync import messages, tensors, transport
 from esync.config import RunConfig
-from esync.errors import ProtocolError
+from esync.errors import ModelError, ProtocolError
 from esync.messages import Error, Status, Update
 from esync.messaging import MessageServer
 from esync.ps.aggregation import Published
@@ -415,6 +415,50 @@ def test_an_evaluator_sees_models_and_its_accuracies_are_in_the_summary() -> Non
     assert versions[-1] == summary["rounds"], "the final model is evaluated"
     assert phases == {"eval", "idle"}
     assert summary["final_accuracy"] > summary["accuracy"][0]["accuracy"]
+
+
+def test_an_evaluator_of_the_final_model_alone_looks_at_no_other_though_it_came_late() -> None:
+    config = RunConfig(mode="sync", workers=1, evaluate_every_s=0.0)
+    with Cluster(config) as cluster:
+        cluster.train("w0", quadratic(0.0, step_s=0.01))
+        _until(lambda: cluster.state.handlers.history.version >= 3)
+        versions: list[int] = []
+
+        def watch() -> None:
+            with cluster.worker("evaluator", role="evaluator") as worker:
+                assert worker._shared.model is None
+                for version, _, _ in worker.watch({"w": START}):
+                    versions.append(version)
+
+        thread = Thread(watch, "evaluator")
+        thread.start()
+        assert cluster.ps.thread is not None
+        _until(lambda: cluster.ps.thread._subscribers.keys() == {"w0", "e/evaluator"})
+        before = cluster.state.handlers.history.version
+        _until(lambda: cluster.state.handlers.history.version >= before + 3)
+        cluster.state.stop("seen enough")
+        thread.result()
+        summary = cluster.finish()
+    assert versions == [summary["rounds"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"labels": np.zeros((20, 3))}, r"one number per sample, not shape=\[20, 3\]"),
+        ({"labels": np.zeros(30)}, r"have one length, these have \[20, 30\]"),
+        ({"labels": np.zeros(20), "batch_size": 0}, "at least one sample"),
+    ],
+)
+def test_labels_and_batches_that_do_not_fit_the_data_are_refused(
+    given: dict[str, Any], why: str
+) -> None:
+    with (
+        Cluster(RunConfig(mode="sync", workers=1, split="by-class")) as cluster,
+        cluster.worker("w0") as worker,
+        pytest.raises(ModelError, match=why),
+    ):
+        next(worker.batches({"x": np.zeros((20, 4))}, **given))
 
 
 def test_with_ema_evaluators_and_the_saved_model_get_the_average_and_workers_the_versions(

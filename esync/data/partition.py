@@ -50,8 +50,10 @@ def batches(own: Part, size: int, seed: int, rank: int) -> Iterator[Part]:
 
     Yields index arrays, int32, shape (size,); what is left of an epoch is dropped.
 
-    Raises ModelError if `own` has less than `size` samples.
+    Raises ModelError if `own` has less than `size` samples, or `size` is less than one.
     """
+    if size < 1:
+        raise ModelError(f"a batch has at least one sample, not {size}")
     if len(own) < size:
         raise ModelError(
             f"a batch has {size} samples, this worker's share only {len(own)}; lower batch_size"

@@ -42,6 +42,8 @@ from esync.worker.session import Action, Session, Totals
 log = logging.getLogger("esync.worker")
 GOODBYE_S = 5.0
 """How long the end of a run waits for its final model."""
+LAST_MODEL_S = 2.5
+"""How long of that an evaluator that evaluates the final model alone waits for it, before it takes an earlier one."""
 UNEVEN_S = 2.0
 """How long an evaluator tries to have the same version of all shards."""
 
@@ -607,6 +609,7 @@ class Worker:
     def _newer_model(self, model: Shards, session: Session) -> Whole | None:
         """A model that was not seen yet, or None once the final one was (or does not come)."""
         shared, asked_at, ended_at, newer_at = self._shared, 0.0, None, None
+        every = self.config.evaluate_every_s
         with self._changed:
             while True:
                 if shared.error is not None:
@@ -616,7 +619,11 @@ class Worker:
                 rest = (
                     final is not None and model.version >= final and model.versions != model.begun
                 )
-                if model.newer or rest:
+                early = every == 0 and final is not None and model.version < final
+                if early and now - (ended_at or now) < LAST_MODEL_S:
+                    assert final is not None
+                    awaited = (final - 1,) * model.layout.shards
+                elif model.newer or rest:
                     newer_at = newer_at or now
                     even = len(set(model.versions)) == 1 or not self._barrier()
                     if even or now - newer_at > UNEVEN_S:
@@ -670,10 +677,13 @@ class Worker:
             labels: one per sample; only the split `by-class` looks at their values.
             batch_size: default: the run's. shape of each array=(batch_size,), dtype int32
         """
-        size = batch_size or self.config.batch_size
-        parts = partition.split(
-            np.asarray(labels), self.shares, self.config.split, self.config.seed
-        )
+        size = self.config.batch_size if batch_size is None else batch_size
+        labels = np.asarray(labels)
+        if self.config.split == "by-class" and labels.ndim != 1:
+            raise ModelError(
+                f"for split = by-class labels are one number per sample, not shape={list(labels.shape)}"
+            )
+        parts = partition.split(labels, self.shares, self.config.split, self.config.seed)
         self._split_digest = partition.digest(parts)
         own = parts[self.rank % self.shares]
         for batch in partition.batches(own, size, self.config.seed, self.rank):
@@ -688,13 +698,14 @@ class Worker:
 
         Args:
             dataset: for example `(images, labels)`.
-            labels: for the split `by-class` (default: the last array of the tree).
+            labels: one per sample, for the split `by-class` (default: the last array of the tree; a dictionary's keys
+                are in alphabetical order).
         """
         arrays = jax.tree_util.tree_leaves(dataset)
-        counts = {len(array) for array in arrays}
+        counts = {len(array) for array in (*arrays, *(() if labels is None else (labels,)))}
         if len(counts) != 1:
             raise ModelError(
-                f"the arrays of a data set have one length, these have {sorted(counts)}"
+                f"the arrays of a data set and its labels have one length, these have {sorted(counts)}"
             )
         for index in self.indices(arrays[-1] if labels is None else labels, batch_size):
             yield jax.tree_util.tree_map(lambda array: array[index], dataset)  # noqa: B023

@@ -90,6 +90,10 @@ class Packer:
         self.layout: Layout = layout_of(leaves)
         # The layout puts deltas first; `_order[i]` is the tree's index of the layout's leaf i.
         self._order = sorted(range(len(leaves)), key=lambda i: leaves[i][0] != DELTA)
+        ordered = sorted(
+            zip(self._order, self.layout.leaves, strict=True), key=lambda pair: pair[0]
+        )
+        self._leaf_of = [leaf for _, leaf in ordered]  # in the tree's order
         arrays = [array for _, _, array in leaves]
         self._numpy = all(isinstance(array, (np.ndarray, np.generic)) for array in arrays)
         self._device = None if self._numpy else _device_of(arrays)
@@ -117,6 +121,12 @@ class Packer:
             raise ModelError(
                 f"the tree given to step is not the one given to start: {treedef} instead of {self._treedef}"
             )
+        for array, leaf in zip(leaves, self._leaf_of, strict=True):
+            if np.shape(array) != leaf.shape:
+                raise ModelError(
+                    f"the leaf {leaf.path} given to step has shape {list(np.shape(array))}; given to start it had "
+                    f"{list(leaf.shape)}"
+                )
         return leaves
 
     def cuda(self) -> int | None:
