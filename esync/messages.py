@@ -186,13 +186,14 @@ class Lost:
 class Members:
     """State server -> parameter server: who is expected at the barrier (id -> rank). Sent back without workers
     once the parameter server goes by it: the run does not start before. `first` are the ids of those who are to be
-    sent a new version before the others."""
+    sent a new version before the others; after the version `last`, if one is named, none is made."""
 
     TYPE: ClassVar[str] = "members"
     epoch: int
     workers: dict[str, Any]
     layout: dict[str, Any] | None = None
     first: list[Any] = dataclasses.field(default_factory=list)
+    last: int | None = None
 
 
 @dataclass(slots=True)

@@ -884,7 +884,7 @@ def test_a_run_ends_after_its_rounds():
     assert server.gets(Reset("ps", 1, {})) == []
     sent = server.gets(Reset("ps", 2, {}))
     assert stop_of(server, sent) == {"a", "b"}
-    assert all(message.round == 2 for _, message in sent)
+    assert {message.round for _, message in sent if isinstance(message, Response)} == {2}
     assert server.handlers.stopped == "2 rounds"
 
 
@@ -1087,6 +1087,30 @@ def test_an_identity_s_life_is_the_one_that_joins():
     server = Server(workers=1)
     wrong = server.refuses(Join("a", "worker", life="x"), messages.peer_of("a", "y"))
     assert wrong.code == "wrong-id"
+
+
+def test_a_version_that_was_on_its_way_when_the_run_was_stopped_is_the_last():
+    server = running("a", "b", mode="sync")
+    server.ps_agrees = False
+    server.gets(Reset("ps", 1, {}))
+    (members,) = to("ps", server.gets(StopRun("enough")))
+    assert members.last == 1, "none after this one is made, unless it was already"
+    assert stop_of(server, server.sent) == set(), "it is not known which is the last"
+    assert server.gets(Query("a", 1, 1)) == []
+    server.gets(Reset("ps", 2, {}))
+    sent = server.agree()
+    assert stop_of(server, sent) == {"a", "b"}
+    assert {message.round for _, message in sent} == {2}
+    assert server.gets(Query("a", 1, 1)) == [("a", Response(2, 1, "stop"))]
+    assert server.agree() == []
+
+
+def test_a_parameter_server_that_does_not_say_its_last_version_is_not_waited_for_long():
+    server = running("a", mode="sync")
+    server.ps_agrees = False
+    server.gets(StopRun("enough"))
+    assert stop_of(server, server.tick(1.9)) == set()
+    assert stop_of(server, server.tick(0.2)) == {"a"}
 
 
 @pytest.mark.parametrize("why", ["the run ends", "a server is interrupted"])

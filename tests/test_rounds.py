@@ -132,6 +132,25 @@ def test_a_version_that_is_made_while_the_run_ends_is_in_the_log(
     assert summary["rounds"] == version
 
 
+@pytest.mark.parametrize("stop_s", [0.0, 0.003, 0.006, 0.009])
+def test_what_workers_end_with_is_what_is_saved(stop_s: float, tmp_path: Path) -> None:
+    """Whenever the run is stopped: what is on its way then makes a version, or does not."""
+    with Cluster(RunConfig(mode="sync", workers=2), "tcp", tmp_path) as cluster:
+        threads = [
+            cluster.train(f"w{i}", quadratic(float(i), lr=0.01, step_s=0.003)) for i in range(2)
+        ]
+        _until(lambda: cluster.state.handlers.history.version >= 5)
+        time.sleep(stop_s)
+        cluster.state.stop("seen enough")
+        finals = [thread.result() for thread in threads]
+        summary = cluster.finish()
+    saved = load_file(tmp_path / "run" / "model.safetensors")["params/w"]
+    for final in finals:
+        np.testing.assert_array_equal(final, saved)
+    assert cluster.ps.thread is not None
+    assert summary["rounds"] == cluster.ps.thread.version
+
+
 @pytest.mark.parametrize("dcasgd", [False, True])
 def test_async_workers_do_not_wait_for_each_other(dcasgd: bool) -> None:
     config = RunConfig(mode="async", workers=2, rounds=60, dcasgd=dcasgd, lr=0.1)

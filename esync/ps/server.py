@@ -220,6 +220,7 @@ class TensorThread(threading.Thread):
         self._in_place: Region | None = None  # the one in which the aggregation itself keeps it
         self._mode = algorithm(config.mode)
         self._epoch = -1
+        self._last = config.rounds or None  # the version after which none is made
         self._arrival: dict[str, float] = {}
         self._turns = Turns()
         self._held: list[Published] = []  # chunks for those whose turn has not come
@@ -278,6 +279,7 @@ class TensorThread(threading.Thread):
             return
         self._epoch = message.epoch
         self._turns.first = frozenset(x for x in message.first if isinstance(x, str))
+        self._last = self._config.rounds or None if message.last is None else message.last
         if message.layout is not None:
             whole = self._config.cut(Layout.from_wire(message.layout))
             if self._untrained():
@@ -511,7 +513,7 @@ class TensorThread(threading.Thread):
             update = self._decoder.decode(message.encoding, message.chunk, payload)
         if message.steps < 0 or message.samples < 0:
             raise MessageError("bad-field", "steps and samples are not negative")
-        if 0 < self._config.rounds <= self.aggregation.version:
+        if self._last is not None and self.aggregation.version >= self._last:
             # The last version is the last, however fast the workers are.
             self.counters["after-the-end"] += 1
             return

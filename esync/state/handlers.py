@@ -51,6 +51,8 @@ from esync.version import VERSION
 log = logging.getLogger("esync.state")
 TICK_S = 0.2
 """Seconds between two looks at the time."""
+LAST_VERSION_S = 2.0
+"""How long a run that ends waits for the parameter servers to say which version is the last."""
 GOODBYE_S = 20.0
 """How long a stopped run waits for its members to say goodbye."""
 EVALUATION_S = 600.0
@@ -187,6 +189,8 @@ class Handlers:
         self._epoch = 0
         self._round_at = 0.0  # when the version that is trained from was published
         self._stopped_at = 0.0
+        self._last: int | None = None  # the version after which none is made
+        self._end_told: int | None = None  # to the workers: which version is the last
         self._last_waiting = ""
         self._last_look_said = False
         self.faults = FaultLog(log)
@@ -499,7 +503,7 @@ class Handlers:
             record, message.round, message.step, message.compute_s, now, message.running_s
         )
         if self.stopped is not None:
-            self._send(peer, Response(self.history.version, message.step, STOP))
+            self._tell_end(record)
         elif self.started is None or self._standstill_s is not None or not record.active:
             self._wait_at_gate(record, message, now)
         else:
@@ -567,6 +571,7 @@ class Handlers:
         server = self._server(peer, messages.worker_of(peer))
         if server is not None:
             server.epoch = message.epoch
+        self._tell_end_if_agreed()
         now = self._clock()
         self._start_if_ready(now)
         self._release(now)
@@ -655,7 +660,7 @@ class Handlers:
             if self._held and self.table.behind() > behind:
                 self._release(now)
         if self.stopped is not None:
-            self._send(peer, Response(self.history.version, message.step, STOP))
+            self._tell_end(record)
 
     def _store_totals(self, record: Record, totals: dict[str, Any]) -> None:
         for key in TOTALS:
@@ -709,6 +714,7 @@ class Handlers:
             if self.policy.measures_delivery and round == version - 1:
                 self.table.delivered(record, now - early_s - at)
         self._journal.write("round", round=version, members=list(members))
+        self._tell_end_if_agreed()
         if self.config.rounds and version >= self.config.rounds and self.stopped is None:
             self.stop(f"{version} rounds")
         if newer and self.started is not None and self.stopped is None:
@@ -858,6 +864,8 @@ class Handlers:
 
     def _see_off(self, since_s: float) -> None:
         """The run was stopped so long ago: who has not left by now?"""
+        if since_s > LAST_VERSION_S and self._end_told is None:
+            self._tell_end_to_all()
         if since_s > LAST_LOOK_S:
             self._say_last_look()
         for record in list(self.table.records.values()) if since_s > GOODBYE_S else ():
@@ -939,7 +947,8 @@ class Handlers:
         return ""
 
     def stop(self, reason: str) -> None:
-        """End the run: tell every worker and evaluator; they leave, then the parameter server goes."""
+        """End the run: the parameter servers make no more versions, every worker and evaluator is told which one is the
+        last, they leave, and the parameter servers go."""
         if self.stopped is not None:
             return
         self.stopped = reason
@@ -948,8 +957,11 @@ class Handlers:
         self._on_stop()
         self._journal.write("stop", reason=reason, round=self.history.version)
         self._say(f"the run ends: {reason}")
-        for record in self.table.records.values():
-            self._send(record.peer, Response(self.history.version, record.step, STOP))
+        self._last = max((s.version for s in self.servers.values()), default=-1)
+        self._last = max(self._last, self.history.version)
+        if self.started is not None:
+            self._announce_members()
+        self._tell_end_if_agreed()
         for one in self._waiting.values():
             self._send(one.peer, Error("run-over", f"the run is over ({reason})"))
         last = max(self._watching.values(), default=0.0)
@@ -957,6 +969,25 @@ class Handlers:
             if last - asked < WATCHING_S:
                 self._send(peer, Status(table=self.status()))
         self._end_when_alone()
+
+    def _tell_end_if_agreed(self) -> None:
+        """Tell everybody that the run has ended, once it is known with which version: what was on its way when it was
+        stopped may have made another one. After a whole version more they are told again."""
+        servers = self.servers.values()
+        agreed = all(server.epoch == self._epoch for server in servers)
+        whole = not algorithm(self.config.mode).barrier or len({s.version for s in servers}) <= 1
+        told = self._end_told == self.history.version
+        if self.stopped is not None and not told and (self.started is None or (agreed and whole)):
+            self._tell_end_to_all()
+
+    def _tell_end_to_all(self) -> None:
+        self._end_told = self.history.version
+        for record in self.table.records.values():
+            self._tell_end(record)
+
+    def _tell_end(self, record: Record) -> None:
+        if self._end_told is not None:
+            self._send(record.peer, Response(self._end_told, record.step, STOP))
 
     def _end_when_alone(self) -> None:
         if self.stopped is None or self.table.records:
@@ -990,7 +1021,7 @@ class Handlers:
     def _send_members(self, server: Server) -> None:
         workers: dict[str, Any] = {r.worker: r.rank for r in self._members()}
         layout = self.layout.to_wire() if self.layout else None
-        members = Members(self._epoch, workers, layout, list(self._first))
+        members = Members(self._epoch, workers, layout, list(self._first), self._last)
         self._send(server.peer, members)
 
     # Looking

@@ -515,12 +515,13 @@ class Worker:
         assert model is not None
         assert self._packer is not None
         self._ended = True
-        final = session.final if session.final is not None else -1
         deadline = time.monotonic() + GOODBYE_S
         with self._changed:
-            awaited = (final - 1,) * model.layout.shards
-            self._shared.awaiting = awaited if self._barrier() else None
-            while self._barrier() and model.version < final and time.monotonic() < deadline:
+            while self._barrier() and time.monotonic() < deadline:
+                final = session.final if session.final is not None else -1
+                if model.version >= final:
+                    break
+                self._shared.awaiting = (final - 1,) * model.layout.shards
                 self._changed.wait(0.2)
             self._shared.awaiting = None
         if model.newest is None:
