@@ -36,6 +36,12 @@ def esync_keys(*arguments: str | Path, status: int = 0) -> str:
 # Files
 
 
+def test_a_public_key_is_not_taken_for_a_worker_s(tmp_path):
+    keys.make(tmp_path / "keys", ["gpu"])
+    with pytest.raises(KeysError, match="is a public key"):
+        keys.load_client(tmp_path / "keys" / "server.pub")
+
+
 def test_one_command_makes_all_that_a_cluster_needs(tmp_path: Path) -> None:
     said = esync_keys("init", tmp_path / "k", "--workers", "gpu, old")
     assert sorted(path.name for path in (tmp_path / "k").iterdir()) == [

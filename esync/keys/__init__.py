@@ -216,6 +216,8 @@ def load_client(path: str | Path) -> ClientKeys:
     path = Path(path)
     if path.is_dir():
         return load_server(path).client()
+    if path.suffix == ".pub":
+        raise KeysError(f"{path} is a public key; a worker's is in NAME.key, as esync-keys made it")
     public, secret = _pair(path)
     raw = _read_secret(path)
     name, server = raw.get("name"), raw.get("server")

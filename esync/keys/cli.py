@@ -69,7 +69,7 @@ def add(name: str, directory: str, force: bool) -> None:
 @click.argument("name")
 @_directory
 def revoke(name: str, directory: str) -> None:
-    """Let the key of NAME in no more; running servers know it at once."""
+    """Let the key of NAME in no more, and remove its file here; running servers know it at once."""
     keys.revoke(directory, name)
     cli.say(f"{name} is not let in any more; what it knows of the present run it keeps")
 
