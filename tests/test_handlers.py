@@ -1109,8 +1109,36 @@ def test_a_parameter_server_that_does_not_say_its_last_version_is_not_waited_for
     server = running("a", mode="sync")
     server.ps_agrees = False
     server.gets(StopRun("enough"))
-    assert stop_of(server, server.tick(1.9)) == set()
+    assert stop_of(server, server.tick(2.9)) == set()
     assert stop_of(server, server.tick(0.2)) == {"a"}
+
+
+@pytest.mark.parametrize("how", ["leaves", "dies"])
+def test_a_parameter_server_that_goes_at_the_end_is_not_waited_for(how):
+    server = running("a", mode="sync")
+    server.ps_agrees = False
+    server.gets(StopRun("enough"))
+    server.unreachable = {"ps"}
+    sent = server.gets(Leave("ps", "interrupted")) if how == "leaves" else server.tick(0.2)
+    assert stop_of(server, sent) == {"a"}
+
+
+def test_of_several_parameter_servers_the_others_come_to_the_version_that_one_had_made():
+    server = Server(workers=1, ps=2)
+    for name in ("ps", "ps1"):
+        server.gets(Join(name, "ps", endpoints=dict(ENDPOINTS)))
+    server.member("a")
+    for name in ("ps", "ps1"):
+        server.gets(Members(server.handlers._epoch, {}), name)
+    server.ps_agrees = False
+    server.gets(StopRun("enough"))
+    (members,) = to("ps1", server.gets(Reset("ps", 1, {})))  # it was on its way
+    assert members.last == 1
+    for name in ("ps", "ps1"):
+        assert stop_of(server, server.gets(Members(members.epoch, {}), name)) == set()
+    sent = server.gets(Reset("ps1", 1, {}))
+    assert stop_of(server, sent) == {"a"}
+    assert {message.round for _, message in sent} == {1}
 
 
 @pytest.mark.parametrize("why", ["the run ends", "a server is interrupted"])

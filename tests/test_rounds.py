@@ -151,6 +151,44 @@ def test_what_workers_end_with_is_what_is_saved(stop_s: float, tmp_path: Path) -
     assert summary["rounds"] == cluster.ps.thread.version
 
 
+@pytest.mark.parametrize("stop_s", [0.004, 0.011, 0.018, 0.025])
+def test_a_version_that_is_half_made_when_the_run_is_stopped_is_made_whole(
+    stop_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the optimiser's state in the checkpoint would be of two versions. All elements are alike here."""
+    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 7)
+    send = link.Link._send_chunk
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.003)
+        send(*arguments)
+
+    monkeypatch.setattr(link.Link, "_send_chunk", slowly)
+    start = {"w": np.ones(40, np.float32)}
+
+    def loop(worker: Worker) -> Any:
+        params = worker.start(start)
+        while not worker.stopped:
+            params = worker.step({"w": params["w"] * np.float32(0.9)})
+        return params["w"]
+
+    config = RunConfig(mode="sync", workers=2, outer="momentum", chunk_mib=2)
+    with Cluster(config, "tcp", tmp_path) as cluster:
+        threads = [cluster.train(f"w{i}", loop) for i in range(2)]
+        _until(lambda: cluster.state.handlers.history.version >= 3)
+        time.sleep(stop_s)
+        cluster.state.stop("seen enough")
+        finals = [thread.result() for thread in threads]
+        cluster.finish()
+    assert len(set(np.concatenate(finals).tolist())) == 1
+    newest = max((tmp_path / "run" / "checkpoints").glob("*.safetensors"))
+    groups: dict[str, set[float]] = {}
+    for name, array in load_file(newest).items():
+        groups.setdefault(name.partition("/")[0], set()).update(array.tolist())
+    assert len(groups) > 1
+    assert all(len(values) == 1 for values in groups.values()), groups
+
+
 @pytest.mark.parametrize("dcasgd", [False, True])
 def test_async_workers_do_not_wait_for_each_other(dcasgd: bool) -> None:
     config = RunConfig(mode="async", workers=2, rounds=60, dcasgd=dcasgd, lr=0.1)

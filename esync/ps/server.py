@@ -221,6 +221,7 @@ class TensorThread(threading.Thread):
         self._mode = algorithm(config.mode)
         self._epoch = -1
         self._last = config.rounds or None  # the version after which none is made
+        self._owed: int | None = None  # the epoch that is to be acknowledged with that version
         self._arrival: dict[str, float] = {}
         self._turns = Turns()
         self._held: list[Published] = []  # chunks for those whose turn has not come
@@ -280,6 +281,7 @@ class TensorThread(threading.Thread):
         self._epoch = message.epoch
         self._turns.first = frozenset(x for x in message.first if isinstance(x, str))
         self._last = self._config.rounds or None if message.last is None else message.last
+        self._owed = None
         if message.layout is not None:
             whole = self._config.cut(Layout.from_wire(message.layout))
             if self._untrained():
@@ -290,11 +292,25 @@ class TensorThread(threading.Thread):
         self._members = frozenset(message.workers)
         for worker in gone - self._subscribers.keys():
             self._delivery.forget(worker)
-        if self.aggregation is not None:
+        if self.aggregation is not None and not self._is_last:
             self._emit(self.aggregation.set_members(message.workers))
             for worker in self._arrival.keys() - message.workers.keys() - self._subscribers.keys():
                 del self._arrival[worker]
-        self._tell(Members(message.epoch, {}))
+        if (
+            message.last is not None
+            and self.aggregation is not None
+            and self.aggregation.in_progress()
+        ):
+            # A version of which a part is made is made whole: nothing else fits to the optimiser's state.
+            self._last = max(message.last, self.aggregation.version + 1)
+            self._owed = message.epoch
+        else:
+            self._tell(Members(message.epoch, {}))
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether no more versions are made after the one that there is."""
+        return self._last is not None and self.version >= self._last
 
     def _untrained(self) -> bool:
         return self.aggregation is None or self.aggregation.version <= 0
@@ -513,7 +529,7 @@ class TensorThread(threading.Thread):
             update = self._decoder.decode(message.encoding, message.chunk, payload)
         if message.steps < 0 or message.samples < 0:
             raise MessageError("bad-field", "steps and samples are not negative")
-        if self._last is not None and self.aggregation.version >= self._last:
+        if self._is_last:
             # The last version is the last, however fast the workers are.
             self.counters["after-the-end"] += 1
             return
@@ -673,6 +689,9 @@ class TensorThread(threading.Thread):
                 now = time.monotonic()
                 early = {w: now - self._arrival.get(w, now) for w in event.members}
                 self._tell(NewVersion(event.version, early, self.bytes_up, self.bytes_down))
+                if self._owed is not None and self._is_last:
+                    self._tell(Members(self._owed, {}))
+                    self._owed = None
                 for worker in self._memories.keys() - self._members - self._subscribers.keys():
                     del self._memories[worker]  # not before its last update has been read
                 self._delivery.completed(event.version, self._data_events, now)

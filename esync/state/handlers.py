@@ -51,7 +51,7 @@ from esync.version import VERSION
 log = logging.getLogger("esync.state")
 TICK_S = 0.2
 """Seconds between two looks at the time."""
-LAST_VERSION_S = 2.0
+LAST_VERSION_S = 3.0
 """How long a run that ends waits for the parameter servers to say which version is the last."""
 GOODBYE_S = 20.0
 """How long a stopped run waits for its members to say goodbye."""
@@ -697,6 +697,9 @@ class Handlers:
         before, server.version = server.version, max(server.version, version)
         if 0 < self.config.rounds <= version and not algorithm(self.config.mode).barrier:
             self._ends_with(server)
+        if self._last is not None and server.version > self._last:  # the others come to it, too
+            self._last = server.version
+            self._announce_members()
         version = min(other.version for other in servers)
         if len(servers) < self.config.ps or version < server.version or server.version == before:
             return
@@ -763,6 +766,7 @@ class Handlers:
         if self.started is not None:
             self._departed.append(server)  # the others' last versions are still on their way
             self.stop(f"the parameter server left: {why}")
+            self._tell_end_if_agreed()
 
     def _look_for_late(self, now: float) -> None:
         """Let a barrier go on without whoever others wait for, and who is far beyond its habit."""
@@ -847,10 +851,10 @@ class Handlers:
             self._show(watcher, now)
         self._forget_waiting(now - event.late_s)
         self._round_at += event.late_s
-        if self._standstill_s is not None and self._at_gate and self._goes_on(now):
-            self._open_gate(now)
-            self._release(now)
         if self.started is not None and self.stopped is None:
+            if self._standstill_s is not None and self._at_gate and self._goes_on(now):
+                self._open_gate(now)
+                self._release(now)
             self._look_for_late(now)
         limit = self.config.duration_s
         if self.stopped is None:
@@ -866,6 +870,7 @@ class Handlers:
         """The run was stopped so long ago: who has not left by now?"""
         if since_s > LAST_VERSION_S and self._end_told is None:
             self._tell_end_to_all()
+        self._tell_end_if_agreed()
         if since_s > LAST_LOOK_S:
             self._say_last_look()
         for record in list(self.table.records.values()) if since_s > GOODBYE_S else ():
@@ -957,8 +962,8 @@ class Handlers:
         self._on_stop()
         self._journal.write("stop", reason=reason, round=self.history.version)
         self._say(f"the run ends: {reason}")
-        self._last = max((s.version for s in self.servers.values()), default=-1)
-        self._last = max(self._last, self.history.version)
+        servers = [*self.servers.values(), *self._departed]
+        self._last = max([self.history.version, *(server.version for server in servers)])
         if self.started is not None:
             self._announce_members()
         self._tell_end_if_agreed()
@@ -974,7 +979,7 @@ class Handlers:
         """Tell everybody that the run has ended, once it is known with which version: what was on its way when it was
         stopped may have made another one. After a whole version more they are told again."""
         servers = self.servers.values()
-        agreed = all(server.epoch == self._epoch for server in servers)
+        agreed = all(s.epoch == self._epoch or not self._reaches(s.peer) for s in servers)
         whole = not algorithm(self.config.mode).barrier or len({s.version for s in servers}) <= 1
         told = self._end_told == self.history.version
         if self.stopped is not None and not told and (self.started is None or (agreed and whole)):
