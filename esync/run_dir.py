@@ -58,14 +58,14 @@ def results_directory(file: str, name: str | None, runs: str, mode: str, force: 
 def _took(path: Path, force: bool) -> bool:
     """Take a directory for a new run; False if there are results of another in it."""
     if path.exists() and any(path.iterdir()):
-        if force:
+        if not _is_blank(path):
+            if not force:
+                return False
             check_free(path)
             if path.is_symlink() or not (path / CONFIG).is_file():
                 raise ConfigError(
                     f"{path} does not look like a run; remove it yourself, or choose another --name"
                 )
-        elif not _is_blank(path):
-            return False
         shutil.rmtree(path)
     make_directory(str(path))
     try:

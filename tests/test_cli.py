@@ -61,6 +61,16 @@ def test_a_run_of_which_nothing_came_does_not_keep_its_name(tmp_path: Path) -> N
         assert [path.name for path in first.iterdir()] == ["cluster.toml"]
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_the_logs_of_a_run_that_did_not_start_are_replaced(force: bool, tmp_path: Path) -> None:
+    directory = tmp_path / "it"
+    directory.mkdir()
+    for name in ("state.log", "lock", "endpoint"):
+        (directory / name).write_text("x")
+    assert made(tmp_path, force=force) == directory
+    assert [path.name for path in directory.iterdir()] == ["cluster.toml"]
+
+
 def test_a_run_that_begins_has_its_name(tmp_path: Path) -> None:
     """From the first moment on: of two that begin at once each has its own."""
     first = made(tmp_path, None)

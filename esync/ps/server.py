@@ -1197,9 +1197,8 @@ class ParameterServer:
             self.page.ending("ended: the model is being written")
         self._end_thread()
         farewell = message.reason if peer == LOCAL else "done"
-        self._server.post_threadsafe(
-            Ended(message.reason, farewell)
-        )  # after what the thread has told
+        # After what the thread has told.
+        self._server.post_threadsafe(Ended(message.reason, farewell))
 
     def _on_ended(self, peer: bytes, event: Ended) -> None:
         """The tensor thread has ended, and its last version is in the log."""

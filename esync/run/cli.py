@@ -284,9 +284,8 @@ class _Run:
             self.roles[0].process.terminate()
             try:
                 launcher.wait(self.roles[:1], launcher.STOP_S)
-                launcher.wait(
-                    self.roles, GOODBYE_S
-                )  # those that are still starting do not know of it
+                # Those that are still starting do not know of it.
+                launcher.wait(self.roles, GOODBYE_S)
             except KeyboardInterrupt:
                 launcher.kill(self.roles)
 
