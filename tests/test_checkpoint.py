@@ -90,6 +90,32 @@ def test_a_server_that_goes_on_from_a_checkpoint_makes_what_it_would_have_made(
     )
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_server_goes_on_in_the_middle_of_a_version(layout, tmp_path, options):
+    config = RunConfig(**options)
+    whole, before = made("mean", layout, config), made("mean", layout, config)
+    rounds(whole, 0, 6)
+    rounds(before, 0, 4)
+    for chunk in (0, 2):
+        at = layout.chunks[chunk]
+        for number, worker in enumerate("ab"):
+            data = vector(40 + number)[at.start : at.stop]
+            before.receive(Contribution(worker, 4, chunk, data, 2, 3))
+    Checkpoints(tmp_path, 3).write(snapshot_of(before))
+    found = Checkpoints(tmp_path, 3).latest(pytest.fail)
+    after = AGGREGATIONS["mean"](layout, NumpyBackend(), config)
+    after.restore(found.version, found.arrays)
+    assert after.set_members({"a": 0, "b": 1}) == []
+    assert [(x.version, x.chunk) for x in after.in_progress()] == [(5, 0), (5, 2)]
+    assert after.missing("a", 4) == [i for i in range(len(layout.chunks)) if i not in (0, 2)]
+    rounds(after, 4, 6)
+    assert after.version == whole.version == 6
+    np.testing.assert_array_equal(np.concatenate(after.chunks), np.concatenate(whole.chunks))
+    np.testing.assert_array_equal(
+        np.concatenate(after.averaged()), np.concatenate(whole.averaged())
+    )
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3), (3, 2), (1, 64)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_server_goes_on_in_other_chunks(layout, tmp_path, options, before, after):

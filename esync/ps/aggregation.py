@@ -78,8 +78,9 @@ NOT_FINITE = "not-finite"
 TOO_LONG = "too-long"
 ROUNDING = 1 + 2**-10
 """What float32 may add to the norm of a delta that was scaled down to `clip_update`, and to spare."""
-MODEL, AVERAGE, LOST, OUTER_STATE = "model", "average", "lost", "outer."
-"""Names in a snapshot; the last is what names of the outer optimiser's state begin with."""
+MODEL, NEXT, AVERAGE, LOST, OUTER_STATE = "model", "next", "average", "lost", "outer."
+"""Names in a snapshot; `NEXT` is what is final already of the version after the model's, and the last is what names of
+the outer optimiser's state begin with."""
 MOST_ALONE = 6
 """Contributions that wait for a second one to begin a sum with; they are memory besides the model."""
 
@@ -320,6 +321,8 @@ class Mean(Aggregation):
     def snapshot(self) -> dict[str, list[Array]]:
         arrays = super().snapshot()
         arrays |= {OUTER_STATE + name: chunks for name, chunks in self.outer.state().items()}
+        if any(x is not None for x in self._next):
+            arrays[NEXT] = list(self._next)  # for these chunks the outer optimiser has stepped
         if self._average:
             arrays[AVERAGE] = list(self._average)
         if lost := self._compressor.lost():
@@ -333,6 +336,7 @@ class Mean(Aggregation):
         self._average = list(arrays.get(AVERAGE, []))
         self._compressor.load({i: x for i, x in enumerate(arrays.get(LOST, [])) if x is not None})
         self._begin()
+        self._next[:] = arrays.get(NEXT, self._next)
 
     def _average_in(self, before: list[Array]) -> None:
         """`a[t] = d * a[t-1] + (1 - d) * w[t]`, with `d = ema`, but no more than t / (t + 2) at first: the initial

@@ -68,6 +68,7 @@ from esync.ps import metrics
 from esync.ps.aggregation import (
     AGGREGATIONS,
     MODEL,
+    NEXT,
     NOT_FINITE,
     Aggregation,
     Completed,
@@ -221,7 +222,6 @@ class TensorThread(threading.Thread):
         self._mode = algorithm(config.mode)
         self._epoch = -1
         self._last = config.rounds or None  # the version after which none is made
-        self._owed: int | None = None  # the epoch that is to be acknowledged with that version
         self._arrival: dict[str, float] = {}
         self._turns = Turns()
         self._held: list[Published] = []  # chunks for those whose turn has not come
@@ -281,7 +281,6 @@ class TensorThread(threading.Thread):
         self._epoch = message.epoch
         self._turns.first = frozenset(x for x in message.first if isinstance(x, str))
         self._last = self._config.rounds or None if message.last is None else message.last
-        self._owed = None
         if message.layout is not None:
             whole = self._config.cut(Layout.from_wire(message.layout))
             if self._untrained():
@@ -296,16 +295,7 @@ class TensorThread(threading.Thread):
             self._emit(self.aggregation.set_members(message.workers))
             for worker in self._arrival.keys() - message.workers.keys() - self._subscribers.keys():
                 del self._arrival[worker]
-        if (
-            message.last is not None
-            and self.aggregation is not None
-            and self.aggregation.in_progress()
-        ):
-            # A version of which a part is made is made whole: nothing else fits to the optimiser's state.
-            self._last = max(message.last, self.aggregation.version + 1)
-            self._owed = message.epoch
-        else:
-            self._tell(Members(message.epoch, {}))
+        self._tell(Members(message.epoch, {}))
 
     @property
     def _is_last(self) -> bool:
@@ -364,7 +354,8 @@ class TensorThread(threading.Thread):
             for name, chunks in aggregation.snapshot().items()
         }
         if self._in_place is not None and self._backend.cuda is None:  # it will be overwritten
-            arrays[MODEL] = [None if x is None else x.copy() for x in arrays[MODEL]]
+            for name in arrays.keys() & {MODEL, NEXT}:
+                arrays[name] = [None if x is None else x.copy() for x in arrays[name]]
         writer.put(
             Snapshot(
                 aggregation.version,
@@ -689,9 +680,6 @@ class TensorThread(threading.Thread):
                 now = time.monotonic()
                 early = {w: now - self._arrival.get(w, now) for w in event.members}
                 self._tell(NewVersion(event.version, early, self.bytes_up, self.bytes_down))
-                if self._owed is not None and self._is_last:
-                    self._tell(Members(self._owed, {}))
-                    self._owed = None
                 for worker in self._memories.keys() - self._members - self._subscribers.keys():
                     del self._memories[worker]  # not before its last update has been read
                 self._delivery.completed(event.version, self._data_events, now)
