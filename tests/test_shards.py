@@ -175,13 +175,22 @@ def final_of(ps, kind="inproc", directory=None, **config):
     return finals, summary
 
 
-@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("kind", ["inproc", "tcp"])
-@pytest.mark.parametrize("options", [{}, {"outer": "nesterov"}, {"compression": "bf16"}])
-def test_many_servers_make_the_model_that_one_makes(options, kind, shared):
-    one, _ = final_of(1, mode="sync", shared_memory=shared, **options)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"outer": "nesterov"},
+        {"shared_memory": False},
+        {"shared_memory": False, "outer": "nesterov"},
+        # (What goes through shared memory is not compressed, and with which update that begins is a matter of time.)
+        {"shared_memory": False, "compression": "bf16"},
+    ],
+)
+def test_many_servers_make_the_model_that_one_makes(options, kind):
+    one, _ = final_of(1, mode="sync", **options)
     for ps in (2, 3):
-        many, summary = final_of(ps, kind, mode="sync", shared_memory=shared, **options)
+        many, summary = final_of(ps, kind, mode="sync", **options)
         assert summary["rounds"] == 12
         for final in many:
             for key in final:

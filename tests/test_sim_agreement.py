@@ -36,6 +36,7 @@ step_time_s = 0.6
 """
 SETTLED = 3
 """From this round on everybody has been measured a few times."""
+ATTEMPTS = 3
 
 
 @pytest.mark.processes
@@ -48,27 +49,39 @@ def test_a_real_run_and_the_virtual_one_have_the_same_rounds_and_shares_of_compu
     Step times are emulated by sleeping, so they hold on a busy machine too. What a synchronisation takes on this
     machine is not for the virtual cluster to know: it is measured at the slowest worker, which waits for nobody, and
     half of it becomes the latency of the virtual network. Of the settled rounds the median counts, so that one
-    in which the machine had something else to do does not.
+    in which the machine had something else to do does not; and if the whole run was disturbed, that is no likeness of
+    the virtual one in another run.
     """
     file = tmp_path / "cluster.toml"
     file.write_text(CLUSTER)
-    arguments = [str(file), "--runs", str(tmp_path), "--name", "real"]
-    status, output = command("esync.run.cli", *arguments, timeout_s=150)
-    assert status == 0, output
-    real = settled(tmp_path / "real")
+    seen = []
+    for attempt in range(ATTEMPTS):
+        name = f"real-{attempt}"
+        arguments = [str(file), "--runs", str(tmp_path), "--name", name]
+        status, output = command("esync.run.cli", *arguments, timeout_s=150)
+        assert status == 0, output
+        real = settled(tmp_path / name)
 
-    tables = config.read(file)
-    tables["network"] = {"latency_s": real.synchronisation_s / 2}
-    (tmp_path / "virtual").mkdir()
-    simulate(config.cluster(tables), tmp_path / "virtual", say=lambda text: None)
-    virtual = settled(tmp_path / "virtual")
+        tables = config.read(file)
+        tables["network"] = {"latency_s": real.synchronisation_s / 2}
+        directory = tmp_path / f"virtual-{attempt}"
+        directory.mkdir()
+        simulate(config.cluster(tables), directory, say=lambda text: None)
+        virtual = settled(directory)
+        assert virtual.shares["medium"] < 0.8, "it has to wait: that makes the comparison one"
+        seen.append(f"{real}\n{virtual}")
+        if agree(real, virtual):
+            return
+    pytest.fail("they do not agree:\n" + "\n".join(seen))
 
-    said = f"{real}\n{virtual}"
-    assert real.synchronisation_s < 0.3, f"this machine is too busy to tell anything: {said}"
-    assert virtual.rounds_a_minute == pytest.approx(real.rounds_a_minute, rel=0.05), said
-    assert virtual.shares == pytest.approx(real.shares, rel=0.05), said
-    assert virtual.steps == pytest.approx(real.steps, rel=0.1), said
-    assert virtual.shares["medium"] < 0.8, "it has to wait, which is what makes the comparison one"
+
+def agree(real: settled, virtual: settled) -> bool:
+    return (
+        real.synchronisation_s < 0.3
+        and virtual.rounds_a_minute == pytest.approx(real.rounds_a_minute, rel=0.05)
+        and virtual.shares == pytest.approx(real.shares, rel=0.05)
+        and virtual.steps == pytest.approx(real.steps, rel=0.1)
+    )
 
 
 class settled:
