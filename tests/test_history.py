@@ -7,6 +7,7 @@ import json
 import pytest
 
 from esync.config import RunConfig
+from esync.state import history
 from esync.state.database import Table
 from esync.state.history import THRESHOLDS, TOTALS, History, compute_ratio
 
@@ -57,6 +58,17 @@ def test_a_version_keeps_its_first_time_and_the_newest_is_never_taken_back():
     assert history.version == 3
     assert history.version_s[3] == 1.0
     assert (history.bytes_up, history.bytes_down) == (12, 22)
+
+
+def test_times_of_versions_do_not_grow_with_the_run(monkeypatch):
+    monkeypatch.setattr(history, "VERSIONS", 10)
+    seen = History()
+    for version in range(1, 1000):
+        seen.published(version, 2.0 * version, 0, 0)
+        assert len(seen.version_s) <= 20
+        assert {v: 2.0 * v for v in range(max(0, version - 9), version + 1)}.items() <= (
+            seen.version_s.items()
+        )
 
 
 def test_the_time_to_an_accuracy_is_that_of_the_first_version_that_had_it():

@@ -22,6 +22,8 @@ ABOUT = ("worker", "rank", "role", "host", "device", "life")
 SAVED = 1000
 """Of so many versions it is saved when they were published: the others have been evaluated, or never are. Of the stays
 that have ended so many are saved, and what the others came to."""
+VERSIONS = 50_000
+"""Of so many it is known when they were published, and of up to as many more."""
 STAYS = 10_000
 """Stays that have ended are kept one by one, the last so many and a quarter more; what came before is summed up."""
 EVALUATIONS = 50_000
@@ -150,6 +152,8 @@ class History:
         """The parameter server published a version."""
         self.version = max(self.version, version)
         self.version_s.setdefault(version, t)
+        if len(self.version_s) > 2 * VERSIONS:
+            self.version_s = {v: t for v, t in self.version_s.items() if v > version - VERSIONS}
         self.bytes_up, self.bytes_down = bytes_up, bytes_down
 
     def saved(self) -> dict[str, Any]:
