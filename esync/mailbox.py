@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections import deque
 from typing import Generic, TypeVar
 
@@ -18,17 +20,17 @@ class Mailbox(Generic[T]):
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._open = True
+        self._lock = (
+            threading.RLock()
+        )  # of the descriptor: once it is closed, its number may be another's
 
     def put(self, item: T) -> None:
         """Add an item and wake the receiver; does nothing once the mailbox is closed."""
         self._items.append(item)
-        if self._open:
-            try:
-                os.write(self._write, b"\0")
-            except (
-                OSError
-            ):  # full: the receiver will wake anyway; closed in between: nobody is left to wake
-                pass
+        with self._lock:
+            if self._open:
+                with contextlib.suppress(BlockingIOError):  # full: the receiver will wake anyway
+                    os.write(self._write, b"\0")
 
     def take(self) -> list[T]:
         """Every item so far, in order."""
@@ -45,7 +47,8 @@ class Mailbox(Generic[T]):
         return self._read
 
     def close(self) -> None:
-        if self._open:
-            self._open = False
-            os.close(self._read)
-            os.close(self._write)
+        with self._lock:
+            if self._open:
+                self._open = False
+                os.close(self._read)
+                os.close(self._write)

@@ -167,6 +167,8 @@ class MessageServer:
         when somebody last looked, and sending is looking. So this drains until the socket says that nothing
         is left, and the router asks the socket again after its sends.
         """
+        if self._closing:  # or a flood would keep it from that
+            return
         queue, socket, drops, now = self._queue, self.socket, 0, time.monotonic()
         for _ in range(DRAIN):
             if drops >= DROPS or (self._limits is None and len(queue) >= QUEUED):

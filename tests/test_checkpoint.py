@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
+import time
 
 import numpy as np
 import pytest
+import zmq
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from esync import tensors
 from esync.config import RunConfig
 from esync.errors import ModelError
-from esync.messages import INITIAL
+from esync.messages import INITIAL, Members
 from esync.ps import checkpoint
-from esync.ps.aggregation import AGGREGATIONS, Contribution
+from esync.ps.aggregation import AGGREGATIONS, NEXT, Contribution
 from esync.ps.backend import NumpyBackend
-from esync.ps.checkpoint import ABOUT, Checkpoints, Snapshot, Writer, _checksum, cut_anew
+from esync.ps.checkpoint import ABOUT, Checkpoints, Snapshot, Writer, _checksum, _read, cut_anew
+from esync.ps.server import TensorThread
 from esync.tensors import DELTA, VALUE, Layout, Leaf
+from tests.fuzz.fakes import Socket
 
 
 @pytest.fixture
@@ -168,9 +173,103 @@ def test_what_is_there_of_a_part_of_a_chunk_only_is_not_cut_anew(layout):
     there = [x is not None for x in cut_anew(snapshot, 1).arrays["outer.v"]]
     assert there == [True, True, False, False, True, *[False] * 3]  # deltas, and values
     with pytest.raises(
-        ModelError, match=r"has outer.v of some of its chunks only .* chunk_mib = 2"
+        ModelError, match=r"has outer.v of some of its chunks only, .* chunk_mib = 2"
     ):
         cut_anew(snapshot, 3)
+
+
+@pytest.mark.parametrize("outer", ["sgd", "momentum"])
+def test_the_middle_of_a_version_is_cut_anew_where_that_is_made_once_more(layout, outer):
+    server = made("mean", layout, RunConfig(outer=outer))
+    rounds(server, 0, 1)
+    for worker in "ab":
+        at = layout.chunks[0]
+        server.receive(Contribution(worker, 1, 0, vector(7)[: at.size], 2, 3))
+    snapshot = snapshot_of(server)
+    assert [x is not None for x in snapshot.arrays[NEXT]][:2] == [True, False]
+    if outer == "sgd":
+        assert NEXT not in cut_anew(snapshot, 3).arrays
+    else:
+        with pytest.raises(ModelError, match=r"has next of some .* middle .* chunk_mib = 2"):
+            cut_anew(snapshot, 3)
+
+
+def simple(version, value=0.0):
+    layout = Layout((Leaf(DELTA, "w", (3,), "float32"),))
+    return Snapshot(version, layout, 0, {"model": [np.full(3, value, np.float32)]}, [], {})
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_what_was_written_is_kept_also_beside_newer_ones_that_are_damaged(tmp_path, keep):
+    checkpoints = Checkpoints(tmp_path, keep)
+    for version in (10, 11, 12):
+        checkpoints.write(simple(version))
+    for path in checkpoints.paths():
+        path.write_bytes(path.read_bytes()[:-3] + b"xyz")
+    assert checkpoints.latest(lambda text: None) is None
+    for version in (1, 2, 3):
+        checkpoints.write(simple(version))
+        assert checkpoints.latest(pytest.fail).version == version
+    assert len(checkpoints.paths()) == keep
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_of_one_version_what_was_written_last_is_gone_on_from(tmp_path, keep):
+    checkpoints = Checkpoints(tmp_path, keep)
+    for number in range(20):
+        path = checkpoints.write(simple(3, number))
+        os.utime(path, ns=(0, number))  # clocks of file systems are coarse
+        assert checkpoints.latest(pytest.fail).arrays["model"][0][0] == number
+
+
+def test_a_checkpoint_that_is_still_being_written_at_the_end_is_whole(tmp_path, monkeypatch):
+    """On a slow disk: two writers of one file destroyed each other's."""
+    save, slow = checkpoint.save_file, threading.Event()
+    begun = threading.Event()
+
+    def slowly(arrays, path, metadata=None):
+        begun.set()
+        slow.wait(20)
+        save(arrays, path, metadata=metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", slowly)
+    config = RunConfig(mode="sync", chunk_mib=2)
+    whole = config.cut(Layout((Leaf(DELTA, "w", (3,), "float32"),)))
+    sockets = Socket(zmq.PULL), Socket(zmq.XPUB)
+    checkpoints = Checkpoints(tmp_path, 3)
+    thread = TensorThread(
+        *sockets, NumpyBackend(), config, lambda event: None, checkpoints=checkpoints
+    )
+    thread._writer.start()
+    thread._set_members(Members(1, {"a": 0}, whole.to_wire()))
+    data = np.ones(3, np.float32)
+    thread.aggregation.receive(Contribution("a", INITIAL, 0, data))
+    thread._write_checkpoint()
+    assert begun.wait(20)
+    thread.aggregation.receive(Contribution("a", 0, 0, data))
+    threading.Timer(0.2, slow.set).start()
+    thread.save_checkpoint()
+    thread.inbox.close()
+    versions = [_read(path).version for path in checkpoints.paths()]
+    assert versions == [1, 0]
+
+
+def test_a_writer_that_fails_says_so_and_writes_the_next(tmp_path, monkeypatch, caplog):
+    def fail(snapshot):
+        raise MemoryError
+
+    checkpoints = Checkpoints(tmp_path, 3)
+    writer = Writer(checkpoints)
+    monkeypatch.setattr(checkpoints, "write", fail)
+    writer.start()
+    writer.put(simple(1))
+    while not writer.is_free:
+        time.sleep(0.01)
+    monkeypatch.undo()
+    writer.put(simple(2))
+    writer.finish()
+    assert "cannot write a checkpoint: MemoryError" in caplog.text
+    assert writer.written == checkpoints.latest(pytest.fail).version == 2
 
 
 def test_a_checkpoint_that_does_not_say_its_chunks_has_those_of_2_mib(layout, tmp_path):

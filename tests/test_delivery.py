@@ -16,6 +16,7 @@ from esync.messages import Have
 from esync.ps import delivery
 from esync.ps.aggregation import Published
 from esync.ps.delivery import LOST_S, STUCK_S, Delivery
+from esync.worker import channel
 from tests.cluster import Cluster
 
 SIZE = 10
@@ -169,7 +170,59 @@ def test_a_stopped_subscriber_keeps_no_more_however_long_it_stays():
     assert line._lines["stopped"].bytes == 2 * SIZE
 
 
+def test_without_a_barrier_a_worker_gets_the_version_that_is_its_own():
+    line = Delivery(SIZE)
+    for event in chunks(1):
+        line.put("own", event, 0.0)
+    assert send(line, "own") == [(1, 0)]
+    for version in range(2, 30):
+        line.completed(version, lambda worker: pytest.fail("not its version"), 0.0, {"other"})
+    assert versions_waiting(line, "own") == [1]
+    for version in (30, 40, 50):  # it is sent more than it takes
+        for event in chunks(version):
+            line.put("own", event, 0.0)
+        line.completed(version, lambda worker: chunks(version), 0.0, {"own"})  # noqa: B023
+        assert versions_waiting(line, "own") == [1, version]
+    line.completed(60, lambda worker: chunks(60), STUCK_S + 1, {"other"})
+    assert versions_waiting(line, "own") == [60], "it is stuck"
+
+
 # The real server
+
+
+@pytest.mark.parametrize("mode", ["async", "fedasync"])
+def test_without_a_barrier_a_slow_link_costs_no_worker_its_work(monkeypatch, mode):
+    """The others' versions were sent after its own, and came in the middle of its next round, which was given up."""
+    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(channel, "HAVE_S", 0.0)
+    take = channel.Channel._on_model
+
+    def slowly(self, header, payload):
+        if self._worker == "slow":
+            time.sleep(0.01)
+        take(self, header, payload)
+
+    monkeypatch.setattr(channel.Channel, "_on_model", slowly)
+    rows = {"slow": [], "fast": []}
+    config = RunConfig(mode=mode, workers=2, shared_memory=False, local_steps=1, chunk_mib=2)
+    with Cluster(config, "tcp") as cluster:
+
+        def loop(worker):
+            worker.on_round(rows[worker.name].append)
+            while cluster.ps.thread is None:
+                time.sleep(0.01)
+            cluster.ps.thread._delivery._window = 800  # two of twenty chunks
+            params = worker.start({"w": np.zeros(2000, np.float32)})
+            while not worker.stopped:
+                time.sleep(0.15 if worker.name == "slow" else 0.01)
+                params = worker.step({"w": params["w"] + np.float32(1)})
+                if len(rows["slow"]) == 6:
+                    cluster.state.stop("seen enough")
+
+        for thread in [cluster.train(name, loop) for name in rows]:
+            thread.result()
+        cluster.finish()
+    assert [row["late"] for row in rows["slow"][:6]] == [False] * 6
 
 
 @pytest.mark.parametrize("shared", [False, True])

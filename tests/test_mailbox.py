@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 
@@ -19,6 +20,24 @@ def mailbox():
 
 def readable(box):
     return bool(select.select([box.fileno()], [], [], 0)[0])
+
+
+def test_a_mailbox_that_is_closed_meanwhile_does_not_write_to_what_has_its_descriptor_then(
+    mailbox, monkeypatch
+):
+    write, closing = os.write, threading.Thread(target=mailbox.close)
+
+    def late(descriptor, data):
+        closing.start()
+        closing.join(0.3)
+        assert closing.is_alive(), "the descriptor may be another file's"
+        return write(descriptor, data)
+
+    monkeypatch.setattr("esync.mailbox.os.write", late)
+    mailbox.put("a")
+    closing.join(10)
+    mailbox.put("b")
+    assert not closing.is_alive()
 
 
 def test_what_is_put_in_is_taken_out_once_and_in_order(mailbox):

@@ -11,7 +11,7 @@ import zmq
 
 from esync import messages, transport
 from esync.errors import TransportError
-from esync.messaging import MessageServer
+from esync.messaging import DRAIN, MessageServer
 
 
 @pytest.fixture
@@ -80,6 +80,28 @@ def test_a_router_reaches_whose_connection_is_there(
         assert time.monotonic() < deadline
         if socket.poll(1):
             socket.recv_multipart()
+
+
+def test_a_server_that_is_stopped_takes_nothing_more_off_its_socket(
+    router: Callable[[], zmq.Socket[bytes]],
+) -> None:
+    """Or one that is flooded would never end."""
+    socket, handled = router(), []
+    bound = transport.bind(socket, "inproc://flooded")
+    server = MessageServer(socket)
+
+    def stop(peer: bytes, message: messages.Status) -> None:
+        handled.append(peer)
+        server.stop()
+
+    server.on(messages.Status, stop)
+    with socket.context.socket(zmq.DEALER) as flood:
+        flood.linger = 0
+        flood.connect(bound)
+        for _ in range(3 * DRAIN):
+            flood.send(messages.encode(messages.Status()), zmq.NOBLOCK)
+        transport.run(server.run())
+    assert 0 < len(handled) <= 2 * DRAIN
 
 
 def test_a_wildcard_port_becomes_a_real_one(

@@ -264,8 +264,10 @@ class Aggregation(ABC):
                 raise ModelError(f"the {name} that was saved is not of this model")
         self.version, self.chunks = version, list(arrays[MODEL])
 
-    def sent_to(self, worker: str) -> None:  # noqa: B027 - most aggregations need not know
-        """The current model is being sent to one worker."""
+    def sent_to(  # noqa: B027 - most aggregations need not know
+        self, worker: str, chunks: Collection[int] | None = None
+    ) -> None:
+        """The current model is being sent to one worker; or chunks of it, which of the same version it lacked."""
 
     def in_progress(self) -> list[Published]:
         """The chunks of the next version that are final already."""
@@ -643,10 +645,15 @@ class OnArrival(Aggregation):
             self.sent_to(worker)  # the initial model went to everybody, before there were members
         return []
 
-    def sent_to(self, worker: str) -> None:
-        if self.keeps_sent and worker in self._members:
-            progress = self._progress.setdefault(worker, _Progress())
+    def sent_to(self, worker: str, chunks: Collection[int] | None = None) -> None:
+        if not self.keeps_sent or worker not in self._members:
+            return
+        progress = self._progress.setdefault(worker, _Progress())
+        if chunks is None:
             progress.sent, progress.sent_version = list(self.chunks), self.version
+        elif progress.sent is not None and progress.sent_version == self.version:
+            for i in chunks:  # the others have not moved for it, though the model's may have since
+                progress.sent[i] = self.chunks[i]
 
     def _receive(self, update: Contribution) -> list[Event]:
         if update.round > self.version:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from esync.errors import EsyncError, ModelError
+from esync.ps.aggregation import LOST, NEXT, OUTER_STATE
 from esync.ps.backend import Array, Backend
 from esync.tensors import CHUNK_MIB, Layout, Leaf, Pieces, Vector
 
@@ -179,10 +180,10 @@ class Checkpoints:
         self.shard = shard
 
     def paths(self) -> list[Path]:
-        """All of them, the newest version first."""
-        return sorted(
-            self.directory.glob(f"shard{self.shard}-version*-*.safetensors"), reverse=True
-        )
+        """All of them, the newest version first, and of one version what was written last: a run may be stopped in the
+        middle of a version, gone on with, and stopped in the middle of the same."""
+        found = self.directory.glob(f"shard{self.shard}-version*-*.safetensors")
+        return sorted(found, key=lambda x: (_version_of(x), x.stat().st_mtime_ns), reverse=True)
 
     def write(self, snapshot: Snapshot) -> Path:
         """Write one, and remove those that are not kept any more.
@@ -216,8 +217,12 @@ class Checkpoints:
         _sync(part)
         part.replace(path)
         _sync(self.directory)
-        for old in self.paths()[self.keep :]:
-            old.unlink(missing_ok=True)
+        # (Newer versions are damaged ones, which were passed over when this was gone on from.)
+        others = [x for x in self.paths() if x != path]
+        kept = [x for x in others if _version_of(x) <= snapshot.version][: self.keep - 1]
+        for old in others:
+            if old not in kept:
+                old.unlink(missing_ok=True)
         return path
 
     def latest(self, say: Callable[[str], None]) -> Snapshot | None:
@@ -284,6 +289,7 @@ def cut_anew(snapshot: Snapshot, chunk_mib: int) -> Snapshot:
     if chunk_mib == before.chunk_mib:
         return snapshot
     whole = before.cut(before.shards, chunk_mib)
+    snapshot = _of_its_version_alone(snapshot)
     old, new = before.shard(snapshot.shard), whole.shard(snapshot.shard)
     starts = [at.start for at in old.chunks]
     arrays: dict[str, list[Vector | None]] = {}
@@ -300,11 +306,25 @@ def cut_anew(snapshot: Snapshot, chunk_mib: int) -> Snapshot:
             there = [x for x in parts if x is not None]
             if 0 < len(there) < len(parts):
                 raise ModelError(
-                    f"the checkpoint has {name} of some of its chunks only and cannot be cut into others: go on with "
-                    f"chunk_mib = {before.chunk_mib}"
+                    f"the checkpoint has {name} of some of its chunks only, being of the middle of a version, and "
+                    f"cannot be cut into others: go on with chunk_mib = {before.chunk_mib}"
                 )
             made.append(Pieces(there).whole(at.start - starts[first], at.size) if there else None)
     return replace(snapshot, whole=whole, arrays=arrays)
+
+
+def _of_its_version_alone(snapshot: Snapshot) -> Snapshot:
+    """Without what was made of the next version, where that can be made once more: nothing has stepped for it."""
+    stepped = any(name == LOST or name.startswith(OUTER_STATE) for name in snapshot.arrays)
+    if stepped:
+        return snapshot
+    return replace(snapshot, arrays={n: x for n, x in snapshot.arrays.items() if n != NEXT})
+
+
+def _version_of(path: Path) -> int:
+    """By a checkpoint's name; -1: it is none."""
+    number = path.name.partition("-version")[2].partition("-")[0]
+    return int(number) if number.isdecimal() else -1
 
 
 def _checksum(path: Path) -> str:
@@ -367,9 +387,10 @@ class Writer(threading.Thread):
             try:
                 self.checkpoints.write(snapshot)
                 self.written, self._failed = snapshot.version, ""
-            except (OSError, SafetensorError) as error:
-                if str(error) != self._failed:
-                    log.error("cannot write a checkpoint: %s; the run goes on", error)
-                self._failed = str(error)
+            except Exception as error:  # the disk's, or no memory is left
+                text = str(error) or type(error).__name__
+                if text != self._failed:
+                    log.error("cannot write a checkpoint: %s; the run goes on", text)
+                self._failed = text
             with self._changed:
                 self._snapshot = None

@@ -9,7 +9,7 @@ only slow gets the version that it is being sent to its end, else it might never
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from esync.ps.aggregation import Published
@@ -103,16 +103,26 @@ class Delivery:
         stuck = sum(bool(line.sent) and now - line.progress_at > STUCK_S for line in lines)
         return stuck, sum(len(line.waiting) for line in lines), sum(line.bytes for line in lines)
 
-    def completed(self, version: int, chunks: Callable[[str], list[Published]], now: float) -> None:
+    def completed(
+        self,
+        version: int,
+        chunks: Callable[[str], list[Published]],
+        now: float,
+        receivers: Collection[str] | None = None,
+    ) -> None:
         """A version is complete, `chunks(worker)`: of older ones only that is sent which is being sent already, and not
-        even that to a subscriber that is stuck. So at most two versions wait for anybody."""
+        even that to a subscriber that is stuck. So at most two versions wait for anybody.
+
+        Args:
+            receivers: whose version it is; None: everybody's. Others train from versions of their own, and get those.
+        """
         for worker, line in self._lines.items():
             first = line.waiting[0].version if line.waiting else version
             if first >= version:
                 continue
             if now - line.progress_at > STUCK_S:
                 line.waiting = deque(chunks(worker))
-            elif first < version - 1:
+            elif first < version - 1 and (receivers is None or worker in receivers):
                 begun = [event for event in line.waiting if event.version == first]
                 line.waiting = deque([*begun, *chunks(worker)])
 

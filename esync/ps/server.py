@@ -259,7 +259,7 @@ class TensorThread(threading.Thread):
                     if command is None:
                         return
                     if isinstance(command, Welcomed):
-                        self._epoch, self._envelope = -1, command.envelope
+                        self._welcomed(command)
                     else:
                         self._set_members(command)
                 if self.aggregation is not None:
@@ -272,6 +272,10 @@ class TensorThread(threading.Thread):
             self._ask_for_initial_model()
             if self._turns.waiting:
                 self._send_held(self._turns.look(self._subscribers, time.monotonic()))
+
+    def _welcomed(self, command: Welcomed) -> None:
+        self._epoch, self._envelope = -1, command.envelope
+        self._packed = None  # it is sealed with the key of the life before
 
     # Members and subscribers
 
@@ -658,6 +662,9 @@ class TensorThread(threading.Thread):
             quiet = time.monotonic() - self._arrival.get(worker, 0.0)
             if quiet > 0.5:  # else its update is still arriving
                 self.wanted += len(wanted)
+                self._arrival[worker] = (
+                    time.monotonic()
+                )  # questions that waited are not each answered
                 self._send_to(worker, Want(message.pushed, wanted, self.incarnation))
 
     # Sending
@@ -682,7 +689,8 @@ class TensorThread(threading.Thread):
                 self._tell(NewVersion(event.version, early, self.bytes_up, self.bytes_down))
                 for worker in self._memories.keys() - self._members - self._subscribers.keys():
                     del self._memories[worker]  # not before its last update has been read
-                self._delivery.completed(event.version, self._data_events, now)
+                receivers = None if self._mode.barrier else event.members
+                self._delivery.completed(event.version, self._data_events, now, receivers)
                 if self._checkpoint_s and now - self._checkpoint_at >= self._checkpoint_s:
                     self._write_checkpoint()
 
@@ -722,7 +730,7 @@ class TensorThread(threading.Thread):
         """The latest complete version, and what is final already of the next."""
         assert self.aggregation is not None
         model = self._model_for(worker)
-        self.aggregation.sent_to(worker)
+        self.aggregation.sent_to(worker, chunks)
         self._delivery.withdraw(worker)
         for i in range(len(model)) if chunks is None else chunks:
             self._send_chunk(worker, Published(self.aggregation.version, i, model[i]))
@@ -842,6 +850,8 @@ class TensorThread(threading.Thread):
     def save_checkpoint(self) -> None:
         """Write the last version as a checkpoint; only after the thread has ended."""
         aggregation, writer = self.aggregation, self._writer
+        if writer is not None:
+            writer.finish()  # on a slow disk it may still be at it
         if aggregation is not None and writer is not None and aggregation.version > writer.written:
             self._writer = Writer(writer.checkpoints)
             self._write_checkpoint()

@@ -32,7 +32,7 @@ from esync.messages import (
     Want,
 )
 from esync.seal import TO_SERVER, TO_WORKERS, Envelope
-from esync.shared_memory import MODEL_SLOTS, Region, SharedMemoryError
+from esync.shared_memory import MODEL_SLOTS, WRITING, Region, SharedMemoryError
 from esync.tensors import Vector
 from esync.worker.assembly import Assembly
 
@@ -323,6 +323,9 @@ class Channel:
             return False
         self.whole = self._untried.pop(0)
         self._memory = self.whole.part(self.chunks)
+        self._memory.stamps[:] = (
+            WRITING  # what an earlier life of the server was given is nothing for this one
+        )
         self._offer()
         return True
 

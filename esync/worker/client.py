@@ -278,23 +278,26 @@ class Worker:
         _wait_for(params)
         with self._changed:
             if session.final is None:  # what was still running when the run ended does not count
+                resumed = shared.resumed
                 session.finished(
-                    time.perf_counter() - (shared.resumed or 0.0),
+                    0.0 if resumed is None else time.perf_counter() - resumed,
                     self.config.batch_size if samples is None else samples,
                 )
             shared.resumed = None
-        action, own = self._decide(loss), stats
-        if session.round != self._base_round:
-            params, stats = self._merge(params, stats, session)
-        if action is Action.SYNC and self.config.overlap:
-            params, stats = self._push_and_go_on(params, stats, own, loss, session)
-        elif action is Action.SYNC:
-            params, stats = self._synchronise(params, stats, loss, session)
-            if self.config.asks_first:
-                params, stats = self._await_leave(params, stats, session)
-        elif action is Action.STOP:
-            params, stats = self._final_model(params, stats, session)
-        shared.resumed = time.perf_counter()
+        try:
+            action, own = self._decide(loss), stats
+            if session.round != self._base_round:
+                params, stats = self._merge(params, stats, session)
+            if action is Action.SYNC and self.config.overlap:
+                params, stats = self._push_and_go_on(params, stats, own, loss, session)
+            elif action is Action.SYNC:
+                params, stats = self._synchronise(params, stats, loss, session)
+                if self.config.asks_first:
+                    params, stats = self._await_leave(params, stats, session)
+            elif action is Action.STOP:
+                params, stats = self._final_model(params, stats, session)
+        finally:  # also for who goes on after an error
+            shared.resumed = time.perf_counter()
         return params if stats is None else (params, stats)
 
     def _decide(self, loss: Any) -> Action:

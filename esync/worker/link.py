@@ -432,7 +432,8 @@ class Link(threading.Thread):
         for channel in self._channels:
             channel.on_time(now)
         if shared.awaiting is not None:
-            late = [c for c in self._channels if now - c.progress_at > RETRY_S]
+            # (What waits to be sent is before the question: there is nothing to ask yet.)
+            late = [c for c in self._channels if now - c.progress_at > RETRY_S and not c.blocked]
             for channel in late:
                 channel.progress_at = now
             self._fetch(late)
