@@ -18,7 +18,7 @@ import pytest
 from esync import messages
 from esync.config import RunConfig
 from esync.messages import Leave, Update
-from esync.ps.aggregation import Published
+from esync.ps.aggregation import Mean, Published
 from esync.state.database import Record, Table
 from esync.state.policy import SYNC, Decision, FixedSteps, Policy
 from esync.worker.client import Worker
@@ -305,12 +305,22 @@ def test_a_worker_that_others_go_on_without_gives_up_its_round_and_takes_part_ag
 
     def during(worker: Worker) -> None:
         if worker.round >= 3 and not missed and is_away(worker) == away:
-            missed.append(worker.round)
-            leave_and_miss(worker, versions)
+            if away:  # its update counts if it is there before the others go on without it
+                until(worker, lambda: arrived(worker) or not is_away(worker), "its update")
+            if is_away(worker) == away:
+                missed.append(worker.round)
+                leave_and_miss(worker, versions)
         until_it_takes_part_again(trainers[0], clusters)
         worker.pause(0.002)
 
-    trainers = [Trainer(during), Trainer()]
+    def arrived(worker: Worker) -> bool:
+        server = clusters[0].ps.thread
+        assert server is not None
+        assert isinstance(server.aggregation, Mean)
+        return worker.name in server.aggregation._arrived[0]
+
+    slower = Trainer(lambda worker: worker.pause(0.01))  # so that there is time to be away in
+    trainers = [Trainer(during), slower if away else Trainer()]
     run(trainers, policy=FixedSteps(2), prepare=clusters.append, duration_s=60.0)
     rows = [row["late"] for row in trainers[0].rounds]
     assert rows.index(True) == missed[0] + away, "until then it was in every round"
