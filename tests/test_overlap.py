@@ -319,8 +319,9 @@ def test_a_worker_that_others_go_on_without_gives_up_its_round_and_takes_part_ag
         assert isinstance(server.aggregation, Mean)
         return worker.name in server.aggregation._arrived[0]
 
-    slower = Trainer(lambda worker: worker.pause(0.01))  # so that there is time to be away in
-    trainers = [Trainer(during), slower if away else Trainer()]
+    # Slow, so that there is time to be away in; and then fast, since who was evicted is soon told, and is waited for again.
+    other = Trainer(lambda worker: worker.pause(0.01 if away and not missed else 0.002))
+    trainers = [Trainer(during), other]
     run(trainers, policy=FixedSteps(2), prepare=clusters.append, duration_s=60.0)
     rows = [row["late"] for row in trainers[0].rounds]
     assert rows.index(True) == missed[0] + away, "until then it was in every round"
