@@ -6,10 +6,12 @@ import asyncio
 import ctypes
 import dataclasses
 import logging
+import math
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,6 +25,8 @@ from esync.version import VERSION
 
 AGAIN_S = 0.05
 """So soon an interrupt is raised again that came where Python ignores exceptions."""
+TWICE_S = 1.0
+"""A signal that comes so soon after another is the same one."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -179,7 +183,8 @@ def results_options(command: F) -> F:
     for option in (
         click.version_option(VERSION, prog_name="esync"),
         click.option(
-            "--name", help="Results go to runs/NAME.  [default: the file's name and the mode]"
+            "--name",
+            help="Results go to runs/NAME.  [default: the file's name and the mode, with -2, -3, ... if there is one]",
         ),
         click.option(
             "--runs",
@@ -216,8 +221,13 @@ def interrupt_on_sigterm() -> None:
     """Make SIGTERM end a role like Ctrl-C does: leave, flush, exit. Either is heard also where Python ignores what is
     raised, such as in the callbacks of its garbage collector, which JAX has."""
 
+    last = -math.inf
+
     def raise_interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        nonlocal last
+        before, last = last, time.monotonic()
+        if number == signal.SIGALRM or last - before > TWICE_S:
+            raise KeyboardInterrupt
 
     def ignored(what: sys.UnraisableHookArgs) -> None:
         if issubclass(what.exc_type, KeyboardInterrupt):
@@ -246,22 +256,27 @@ def ended_at_once() -> Iterator[None]:
 
 
 def serve(main: Coroutine[Any, Any, Any], stop: Callable[[], None]) -> None:
-    """Run a server's coroutine; the first Ctrl-C or SIGTERM calls `stop`, the second ends the process."""
+    """Run a server's coroutine; the first Ctrl-C or SIGTERM calls `stop`, a later one ends the process. (Not one that
+    comes at once: `timeout` and others signal a process and its group.)"""
+
+    asked_at: float | None = None
+
+    def on_signal() -> None:
+        nonlocal asked_at
+        if asked_at is None:
+            asked_at = time.monotonic()
+            stop()
+        elif time.monotonic() - asked_at > TWICE_S:
+            os._exit(1)
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        asked = False
-
-        def on_signal() -> None:
-            nonlocal asked
-            if asked:
-                os._exit(1)
-            asked = True
-            stop()
-
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
         await main
+        for number in (signal.SIGINT, signal.SIGTERM):  # also while the process ends
+            loop.remove_signal_handler(number)
+            signal.signal(number, lambda number, frame: on_signal())
 
     transport.allow_many_connections()
     transport.run(run())

@@ -177,6 +177,8 @@ class Client(zmq.Socket[bytes]):
             self._silent = self._silent + 1 if silent else 0
 
     def close(self, linger: int | None = None) -> None:
+        if self._outcomes is not None and not self.closed:
+            self.disable_monitor()  # or a socket that has no connection yet loses what it was given to send
         super().close(linger)
         if self._outcomes is not None:
             self._outcomes.close(0)

@@ -95,6 +95,14 @@ def test_a_server_that_goes_on_from_a_checkpoint_makes_what_it_would_have_made(
     )
 
 
+def test_a_run_that_goes_on_without_an_average_of_versions_has_none(layout):
+    before = made("mean", layout, RunConfig(ema=0.9))
+    rounds(before, 0, 3)
+    after = AGGREGATIONS["mean"](layout, NumpyBackend(), RunConfig())
+    after.restore(before.version, before.snapshot())
+    assert after.averaged() is after.chunks
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_server_goes_on_in_the_middle_of_a_version(layout, tmp_path, options):
     config = RunConfig(**options)

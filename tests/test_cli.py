@@ -128,6 +128,15 @@ def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path) -> None:
     assert "nothing on it is encrypted" in found.output
 
 
+def test_a_run_is_not_gone_on_with_under_another_name(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text("[[workers]]\ncount = 2\n")
+    for more in (["--name", "other"], ["--force"]):
+        found = run(run_cli.main, str(file), "--resume", *more)
+        assert found.exit_code == 1
+        assert "leave out --name and --force" in found.output
+
+
 def test_the_state_of_a_run_that_has_ended_is_that_it_has_ended(tmp_path: Path) -> None:
     (tmp_path / "endpoint").write_text("tcp://127.0.0.1:9\n")
     asked = str(tmp_path), "--wait", "0.1"

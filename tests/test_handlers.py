@@ -999,6 +999,32 @@ def test_an_evaluator_that_is_heard_may_take_longer_over_the_final_model():
     assert to("ps", server.gets(Leave("judge"))) == [Leave("ps", "interrupted")]
 
 
+def test_who_interrupts_a_run_that_has_ended_does_without_the_last_evaluation():
+    server = running("a", heartbeat_s=3600.0, rounds=1)
+    server.gets(Join("judge", "evaluator"))
+    server.gets(Reset("ps", 1, {}))
+    assert server.handlers.stopped == "1 rounds"
+    server.gets(Leave("a"))
+    assert to("ps", server.gets(StopRun("interrupted"))) == [Leave("ps", "1 rounds")]
+    server.gets(Leave("ps", "done"))
+    assert server.finished == 1
+    (judge,) = [p for p in server.handlers.history.passages if p.record.worker == "judge"]
+    assert judge.reason == "interrupted"
+
+
+def test_who_interrupts_a_run_twice_has_its_workers_leave_in_order():
+    server = running("a", heartbeat_s=3600.0)
+    server.gets(Join("judge", "evaluator"))
+    server.ps_agrees = False
+    server.gets(StopRun("interrupted"))
+    server.gets(StopRun("interrupted"))
+    assert server.table.records.keys() == {"a", "judge"}, "they have not been told yet"
+    server.agree()
+    server.gets(StopRun("interrupted"))
+    assert server.table.records.keys() == {"a"}
+    assert to("ps", server.gets(Leave("a"))) == [Leave("ps", "interrupted")]
+
+
 def test_a_parameter_server_that_falls_silent_ends_the_run_that_it_served():
     server = running("a", heartbeat_s=10.0, ps_wait_s=0.0)
     server.now += 8.0

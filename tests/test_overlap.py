@@ -319,7 +319,7 @@ def test_a_worker_that_others_go_on_without_gives_up_its_round_and_takes_part_ag
         assert isinstance(server.aggregation, Mean)
         return worker.name in server.aggregation._arrived[0]
 
-    # Slow, so that there is time to be away in; and then fast, since who was evicted is soon told, and is waited for again.
+    # Slow, so that there is time to be away in; then fast, since who was evicted is soon told and waited for again.
     other = Trainer(lambda worker: worker.pause(0.01 if away and not missed else 0.002))
     trainers = [Trainer(during), other]
     run(trainers, policy=FixedSteps(2), prepare=clusters.append, duration_s=60.0)

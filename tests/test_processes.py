@@ -152,6 +152,61 @@ command = "sleep 60"
     assert not _living(str(tmp_path)), "processes were left behind"
 
 
+OWN_LOOPS = """
+[run]
+mode = "sync"
+model = "own"
+rounds = 1000
+[state]
+bind = "tcp://127.0.0.1:*"
+[[workers]]
+name = "first"
+command = "{first}"
+[[workers]]
+name = "second"
+command = "{second}"
+"""
+LOOP = """
+import numpy as np
+from esync import Worker
+
+with Worker() as worker:
+    params = worker.start({"w": np.zeros(5, np.float32)})
+    for _ in range(20):
+        params = worker.step(params)
+"""
+
+
+def _own_loops(directory: Path, first: str, second: str) -> Path:
+    (directory / "loop.py").write_text(LOOP)
+    loop = f"{sys.executable} {directory / 'loop.py'}"
+    path = directory / "cluster.toml"
+    path.write_text(OWN_LOOPS.format(first=first or loop, second=second or loop))
+    return path
+
+
+def test_keep_going_is_for_a_run_that_has_begun(tmp_path: Path) -> None:
+    cluster = _own_loops(tmp_path, "sh -c 'sleep 3; exit 3'", "sleep 60")
+    options = ["--runs", str(tmp_path / "runs"), "--name", "it", "--keep-going"]
+    status, output = command("esync.run.cli", str(cluster), *options)
+    assert status == 1
+    assert "first died: exit status 3" in output
+    assert "the run had not begun, which it does with all of its workers" in output
+    assert not _living(str(tmp_path)), "processes were left behind"
+
+
+def test_a_run_whose_workers_have_all_ended_does_too(tmp_path: Path) -> None:
+    cluster = _own_loops(tmp_path, "", "")
+    options = ["--runs", str(tmp_path / "runs"), "--name", "it"]
+    status, output = command("esync.run.cli", str(cluster), *options)
+    assert status == 0, output
+    assert "every worker has ended: ending the run" in output
+    summary = json.loads(_text(tmp_path / "runs" / "it" / "summary.json"))
+    assert [row["left_why"] for row in summary["workers"]] == ["done", "done"]
+    assert summary["rounds"] > 3
+    assert (tmp_path / "runs" / "it" / "model.safetensors").exists()
+
+
 def test_ctrl_c_ends_the_run_with_a_summary_and_leaves_no_process(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "it"
     with open(tmp_path / "out", "wb") as out:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from esync.errors import ConfigError
 from esync.messages import Join, Leave, Model, Report, Reset, Welcome, peer_of
 from esync.run_dir import is_in_use, results_directory
+from esync.state.handlers import StopRun
 from esync.tensors import DELTA, Layout, Leaf
 from esync.worker.assembly import Shards
 from tests.processes import QUICK
@@ -152,6 +153,19 @@ def test_a_state_server_goes_on_where_another_one_was():
     (asked,) = [m for m in to("b", second.tick(1.0)) if hasattr(m, "action")]
     assert asked.action in ("train", "sync"), "who does not come is not waited for"
     assert second.table.records["b"].rank == 1
+
+
+def test_what_was_moved_is_not_forgotten_when_nothing_more_is():
+    first = running("a", "b", mode="sync")
+    first.gets(Reset("ps", 1, {}, 700, 900))
+    second = gone_on_with(first)
+    for _ in range(3):  # it asked before anybody was there
+        second.gets(Join("ps", "ps", endpoints=dict(ENDPOINTS)))
+    assert [text for text in second.said if "is back" in text] == []
+    second.gets(Report("ps", 1, 0, "serving"))
+    second.gets(StopRun("interrupted"))
+    summary = second.handlers.summary()
+    assert (summary["bytes_up"], summary["bytes_down"]) == (700, 900)
 
 
 def gone_on_with(first):
@@ -415,6 +429,42 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(
     kill(state)
 
 
+def test_a_parameter_server_that_is_started_again_without_resume_does_not_end_the_run(
+    processes, tmp_path
+):
+    run = Run(processes, tmp_path, "--mode", "sync")
+    processes.until(lambda: list((run.directory / "checkpoints").glob("*")), "a checkpoint")
+    kill(run.ps)
+    wrong = run.start_ps()
+    assert wrong.wait(30) == 1
+    run.ps = run.start_ps("--resume")
+    run.rounds(5)
+    assert run.end()["ended"] == "interrupted"
+
+
+@pytest.mark.parametrize("role", ["ps", "state"])
+def test_two_signals_at_once_are_one(processes, tmp_path, role):
+    """`timeout` sends one to the process and one to its group."""
+    run = Run(processes, tmp_path, "--mode", "sync")
+    run.rounds(5)
+    ended = {"ps": run.ps, "state": run.state}[role]
+    for _ in range(2):
+        ended.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    for process in (run.ps, run.state, *run.workers):
+        status = process.wait(30)
+        assert status == 0 or (
+            process is ended and status == -signal.SIGTERM
+        )  # as Python itself ended
+    assert (run.directory / "model.safetensors").exists()
+    assert list((run.directory / "checkpoints").glob("*"))
+    assert all(row["left_why"] for row in json.loads(_summary(run))["workers"])
+
+
+def _summary(run):
+    return (run.directory / "summary.json").read_text()
+
+
 def cluster_file(directory):
     path = directory / "c.toml"
     path.write_text(
@@ -459,6 +509,13 @@ def test_a_run_that_has_ended_is_gone_on_with(processes, tmp_path):
     )
     assert other.wait(30) == 1
     assert "has model = mlp, and cannot go on with cnn" in processes.output("other")
+    saved = (runs / "it" / "cluster.toml").read_text()
+    steps = processes.start(
+        "steps", "esync.run.cli", str(runs / "it" / "cluster.toml"), "--resume", "--outer", "adam"
+    )
+    assert steps.wait(30) == 1
+    assert "has outer = momentum, and cannot go on with adam" in processes.output("steps")
+    assert (runs / "it" / "cluster.toml").read_text() == saved
     wrong = processes.start("wrong", "esync.run.cli", str(tmp_path / "c.toml"), "--resume")
     assert wrong.wait(30) == 1
     assert "is not an earlier run's" in processes.output("wrong")

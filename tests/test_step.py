@@ -11,9 +11,10 @@ import pytest
 from esync import data
 from esync.config import RunConfig, WorkerConfig
 from esync.data import partition
+from esync.errors import ModelError
 from esync.journal import Journal
 from esync.worker import client, loop
-from esync.worker.client import Worker
+from esync.worker.client import Worker, _finite
 from esync.worker.pytree import Packer
 from esync.worker.step import classifier, random_key
 from tests.cluster import Cluster
@@ -206,3 +207,10 @@ def test_arrays_that_cannot_be_asked_are_waited_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(jax, "block_until_ready", awaited.append)
     client._wait_for({"w": array})
     assert awaited == [(array, array)]
+
+
+def test_a_loss_that_is_no_number_is_said_to_be_none() -> None:
+    assert _finite(np.float32(2.0)) == 2.0
+    assert _finite(np.array([np.inf])[0]) is None
+    with pytest.raises(ModelError, match=r"loss is one number, not shape=\[2\]"):
+        _finite(np.zeros(2))

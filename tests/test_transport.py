@@ -82,6 +82,18 @@ def test_a_router_reaches_whose_connection_is_there(
             socket.recv_multipart()
 
 
+def test_what_is_sent_before_there_is_a_connection_arrives_though_the_socket_is_closed(
+    router: Callable[[], zmq.Socket[bytes]],
+) -> None:
+    socket = router()
+    bound = transport.bind(socket, "tcp://127.0.0.1:*")
+    for number in range(5):
+        with transport.dealer(socket.context, "w", bound) as dealer:
+            dealer.send(b"%d" % number)
+        assert socket.poll(5000)
+        assert socket.recv_multipart() == [b"w", b"%d" % number]
+
+
 def test_a_server_that_is_stopped_takes_nothing_more_off_its_socket(
     router: Callable[[], zmq.Socket[bytes]],
 ) -> None:

@@ -335,7 +335,7 @@ class Mean(Aggregation):
         super().restore(version, arrays)
         begin = len(OUTER_STATE)
         self.outer.load({n[begin:]: x for n, x in arrays.items() if n.startswith(OUTER_STATE)})
-        self._average = list(arrays.get(AVERAGE, []))
+        self._average = list(arrays.get(AVERAGE, [])) if self.config.ema else []
         self._compressor.load({i: x for i, x in enumerate(arrays.get(LOST, [])) if x is not None})
         self._begin()
         self._next[:] = arrays.get(NEXT, self._next)

@@ -874,6 +874,14 @@ class TensorThread(threading.Thread):
         return True
 
 
+def _check_is_new(directory: Path) -> None:
+    """Raises ConfigError if there are checkpoints, and nobody said what to do with them."""
+    if any(directory.glob("shard*-version*.safetensors")):
+        raise ConfigError(
+            f"{directory} has checkpoints of an earlier run: --resume goes on from them; else remove them"
+        )
+
+
 def _subscriber(message: Fetch | Have | Update) -> str:
     """Under which name its sender is sent models."""
     evaluator = not isinstance(message, Update) and message.evaluator
@@ -920,6 +928,11 @@ class ParameterServer:
         self.config = config or PsConfig()
         if keys is None and self.config.keys:
             keys = load_server(self.config.keys)
+        self._run_dir = Path(run_dir) if run_dir else None
+        if self._run_dir is not None and not resume:
+            _check_is_new(
+                self._run_dir / CHECKPOINTS
+            )  # before it takes part, and its failure is the run's
         self.shard = shard
         self.state = state
         self.name = name or f"ps-{transport.hostname()}-{os.getpid()}"
@@ -929,7 +942,6 @@ class ParameterServer:
         self.thread: TensorThread | None = None
         self._backend = backend_for(self.config.device)
         self._context = context or zmq.Context.instance(transport.IO_THREADS)
-        self._run_dir = Path(run_dir) if run_dir else None
         self._journal = Journal(None, "ps")  # until it is known which shard it has
         self._say = say
         self._wait_s = wait_s
@@ -1133,7 +1145,6 @@ class ParameterServer:
         """Where checkpoints go, and the one to go on from.
 
         Raises:
-            ConfigError: there are some, and nobody said what to do with them.
             ModelError: it is in other chunks, and cannot be cut anew.
         """
         if self._run_dir is None:
@@ -1141,10 +1152,6 @@ class ParameterServer:
         directory = self._run_dir / CHECKPOINTS
         checkpoints = Checkpoints(directory, self.config.keep_checkpoints, shard)
         if not self._resume:
-            if checkpoints.paths():
-                raise ConfigError(
-                    f"{directory} has checkpoints of an earlier run: --resume goes on from them; else remove them"
-                )
             return checkpoints, None
         snapshot = checkpoints.latest(self._say)
         if snapshot is None:

@@ -82,6 +82,10 @@ def main(
     cluster = config.cluster(config.read(file), cli.given(values, RunConfig))
     config.check_names(cluster.run)
     cluster.each_worker()
+    if resume and (name or force):
+        raise ConfigError(
+            "--resume goes on in the run's own directory: leave out --name and --force"
+        )
     state = cluster.state
     transport.check_open(state.bind, bool(state.keys or state.insecure))
     directory = (
@@ -140,7 +144,7 @@ def _earlier(file: str, run: RunConfig) -> Path:
         )
     run_dir.check_free(path.parent)
     earlier = config.cluster(config.read(file)).run
-    for field in ("model", "dataset", "ps"):  # by which its checkpoints are what they are
+    for field in ("model", "dataset", "ps", "outer"):  # by which its checkpoints are what they are
         before, now = getattr(earlier, field), getattr(run, field)
         if before != now:
             raise ConfigError(
@@ -226,11 +230,17 @@ class _Run:
         return launcher.roles_of(self.cluster, self.directory, endpoint, resume=self.resume)
 
     def _watch(self, inquiry: Inquiry, show: Callable[[dict[str, Any], str], None]) -> None:
+        ending = False
         while self.roles[0].status != 0:  # the state server ends the run
             self._check()
+            gone = self._workers_are_gone()
             with contextlib.suppress(ProtocolError):  # a table that cannot be had ends no run
                 if inquiry.ask():
                     show(inquiry.table, inquiry.waiting_for)
+                    if gone and inquiry.table["stopped"] is None and not ending:
+                        ending = True
+                        self.console.print("every worker has ended: ending the run")
+                        launcher.terminate(self.roles[0])
             time.sleep(REFRESH_S)
         launcher.wait(self.roles, launcher.STOP_S)
         self._check()
@@ -244,7 +254,10 @@ class _Run:
             text = f"{role.name} died: {role.why()}"
             worker = role.name not in ("state", *config.ps_names(self.cluster.run.ps))
             others = [r for r in self.roles if r is not role and r.status is None]
-            if self.keep_going and worker and len(others) > 2:
+            goes_on = self.keep_going and worker and len(others) > 2
+            if goes_on and role.name != "evaluator" and not self._has_begun():
+                text += "\n    the run had not begun, which it does with all of its workers"
+            elif goes_on:
                 self.lost.append(role.name)
                 self.roles.remove(role)
                 self.console.print(f"{text}\n    the others go on", highlight=False)
@@ -254,6 +267,18 @@ class _Run:
                 self.console.print(f"{text}\n    it was started again", highlight=False)
                 continue
             raise EsyncError(f"{text}\n  stopped the other roles; see {role.log}")
+
+    def _has_begun(self) -> bool:
+        """Whether the run is known to have begun."""
+        with contextlib.suppress(ProtocolError):
+            if self._inquiry is not None and self._inquiry.ask():
+                return bool(self._inquiry.table["started"])
+        return True
+
+    def _workers_are_gone(self) -> bool:
+        """Whether all of them have ended properly, which they do when the run does, or when their loops do."""
+        names = {row.name for row in self.cluster.each_worker()}
+        return all(role.status == 0 for role in self.roles if role.name in names)
 
     def _start_again(self, role: Role) -> bool:
         """Start a server again, which goes on where the run was; False if it dies too often."""
@@ -281,7 +306,7 @@ class _Run:
     def end(self) -> None:
         """Ask the state server to end the run, and give everybody the time to leave."""
         if self.roles and self.roles[0].process is not None and self.roles[0].status is None:
-            self.roles[0].process.terminate()
+            launcher.terminate(self.roles[0])
             try:
                 launcher.wait(self.roles[:1], launcher.STOP_S)
                 # Those that are still starting do not know of it.

@@ -225,6 +225,11 @@ def stop(roles: list[Role]) -> None:
             role.process.wait()
 
 
+def terminate(role: Role) -> None:
+    """Have a role that runs end by itself."""
+    _signal(role, signal.SIGTERM)
+
+
 def kill(roles: list[Role]) -> None:
     """End every role that still runs at once."""
     for role in roles:

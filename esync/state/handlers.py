@@ -355,7 +355,7 @@ class Handlers:
             shard = self._shard_for(message.rank)
         else:
             shard = known.shard
-            if self.started is not None:
+            if self.started is not None and known.life != message.life:  # else it asks once more
                 self._say(f"parameter server {message.worker} is back, from {message.host}")
         server = Server(message.worker, peer, message.life, shard, endpoints, now)
         server.back = known is not None or self.history.version > 0
@@ -708,6 +708,8 @@ class Handlers:
             self._roll_back(server, version)
         newer = version > self.history.version
         bytes_up, bytes_down = sum(s.bytes_up for s in servers), sum(s.bytes_down for s in servers)
+        if not all(s.bytes_up or s.bytes_down for s in servers):  # one that came back has not said
+            bytes_up, bytes_down = self.history.bytes_up, self.history.bytes_down
         self.history.published(version, self.run_s(now), bytes_up, bytes_down)
         for worker, early_s in members.items():
             record = self.table.records.get(worker)
@@ -955,6 +957,7 @@ class Handlers:
         """End the run: the parameter servers make no more versions, every worker and evaluator is told which one is the
         last, they leave, and the parameter servers go."""
         if self.stopped is not None:
+            self._do_without_evaluators(reason)
             return
         self.stopped = reason
         self._stopped_at = self._clock()
@@ -973,6 +976,16 @@ class Handlers:
         for peer, asked in self._watching.items():  # this server may be gone before they ask again
             if last - asked < WATCHING_S:
                 self._send(peer, Status(table=self.status()))
+        self._end_when_alone()
+
+    def _do_without_evaluators(self, why: str) -> None:
+        """A run that has ended does not wait for the last evaluation any more."""
+        if self._end_told is None:
+            return  # they do not know yet that it has ended
+        for record in list(self.table.records.values()):
+            if record.role == "evaluator":
+                self._say(f"{record.worker} is not waited for: {why}")
+                self._remove(record.worker, why)
         self._end_when_alone()
 
     def _tell_end_if_agreed(self) -> None:

@@ -741,7 +741,10 @@ def _is_there(array: Any) -> bool:
 
 def _finite(loss: Any) -> float | None:
     """A loss as a number for a message; a diverged one is not one."""
-    value = None if loss is None else float(loss)
+    try:
+        value = None if loss is None else float(loss)
+    except TypeError as error:
+        raise ModelError(f"loss is one number, not shape={list(np.shape(loss))}") from error
     return value if value is not None and math.isfinite(value) else None
 
 
