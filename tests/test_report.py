@@ -274,6 +274,16 @@ def _words(svg):
     return {"".join(text.itertext()).strip() for text in texts}
 
 
+def test_a_report_says_that_the_last_evaluation_may_come(tmp_path):
+    write_run(tmp_path / "it")
+    late = "it has ended, and judge may still be evaluating its last version."
+    assert late in report(tmp_path / "it", "--text")[1]
+    with (tmp_path / "it" / "state.jsonl").open("a") as file:
+        row = {"t": 1e9 + 9, "role": "state", "event": "leave", "worker": "judge", "reason": "done"}
+        file.write(json.dumps(row) + "\n")
+    assert "judge" not in report(tmp_path / "it", "--text")[1]
+
+
 def test_a_report_on_an_unfinished_run_says_so(tmp_path, figures):
     write_run(tmp_path / "cut", finished=False, counted=False)
     with (tmp_path / "cut" / "fast.jsonl").open("a") as file:

@@ -70,6 +70,9 @@ def main(
         return
     columns = entries(with_distinct_names(found), by_seed=by_seed)
     console.print(comparison([entry.summary for entry in columns]))
+    for run in found:
+        if run.note:
+            console.print(run.note, highlight=False, markup=False)
     if text_only:
         return
     from esync.report.write import write  # matplotlib takes a second to import: not for the table

@@ -54,6 +54,17 @@ class Run:
         """Whether its times are virtual."""
         return bool(self.summary.get("virtual"))
 
+    @property
+    def note(self) -> str:
+        """What its figures lack, in words; empty if that is nothing."""
+        if not self.finished:
+            return f"{self.name} is unfinished: running, or cut off. Its figures are what its logs tell so far."
+        joined = self.log.joined
+        judges = sorted(name for name in self.log.present if joined[name] == "evaluator")
+        if judges and not self.virtual:
+            return f"{self.name} has ended, and {', '.join(judges)} may still be evaluating its last version."
+        return ""
+
 
 @dataclass(slots=True)
 class Entry:

@@ -127,11 +127,7 @@ def _notes(entries: list[Entry]) -> list[str]:
 
 
 def _notes_on(run: Run) -> list[str]:
-    notes = []
-    if not run.finished:
-        notes.append(
-            f"{run.name} is unfinished: running, or cut off. Its figures are what its logs tell so far."
-        )
+    notes = [run.note] if run.note else []
     counted = any(row.bytes_up is not None for row in run.log.published)
     if not counted and run.summary["accuracy"]:
         known = run.summary["bytes_up"] is not None
