@@ -225,8 +225,9 @@ def interrupt_on_sigterm() -> None:
 
     def raise_interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal last
-        before, last = last, time.monotonic()
-        if number == signal.SIGALRM or last - before > TWICE_S:
+        now = time.monotonic()
+        if number == signal.SIGALRM or now - last > TWICE_S:
+            last = now
             raise KeyboardInterrupt
 
     def ignored(what: sys.UnraisableHookArgs) -> None:
@@ -255,18 +256,19 @@ def ended_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def serve(main: Coroutine[Any, Any, Any], stop: Callable[[], None]) -> None:
-    """Run a server's coroutine; the first Ctrl-C or SIGTERM calls `stop`, a later one ends the process. (Not one that
-    comes at once: `timeout` and others signal a process and its group.)"""
+def serve(main: Coroutine[Any, Any, Any], stop: Callable[[], bool | None]) -> None:
+    """Run a server's coroutine. Ctrl-C or SIGTERM calls `stop`; from the second on it ends the process, if there was
+    nothing more to stop. (Not one that comes at once: `timeout` and others signal a process and its group.)"""
 
     asked_at: float | None = None
 
     def on_signal() -> None:
         nonlocal asked_at
-        if asked_at is None:
-            asked_at = time.monotonic()
-            stop()
-        elif time.monotonic() - asked_at > TWICE_S:
+        before, now = asked_at, time.monotonic()
+        if before is not None and now - before <= TWICE_S:
+            return
+        asked_at = now
+        if not stop() and before is not None:
             os._exit(1)
 
     async def run() -> None:

@@ -16,7 +16,7 @@ import itertools
 import secrets
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,7 +178,8 @@ class Client(zmq.Socket[bytes]):
 
     def close(self, linger: int | None = None) -> None:
         if self._outcomes is not None and not self.closed:
-            self.disable_monitor()  # or a socket that has no connection yet loses what it was given to send
+            with suppress(zmq.ZMQError):  # its context is being terminated
+                self.disable_monitor()  # or a socket that has no connection yet loses what it was given to send
         super().close(linger)
         if self._outcomes is not None:
             self._outcomes.close(0)

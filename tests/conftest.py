@@ -7,8 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.processes import Processes
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("esync", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("esync")
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would every process that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

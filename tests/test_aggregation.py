@@ -38,7 +38,7 @@ without_a_barrier = pytest.mark.parametrize("kind", [Immediate, FedAsync])
 every_kind = pytest.mark.parametrize("kind", [Mean, Immediate, FedAsync])
 every_outer = pytest.mark.parametrize("outer", list(OUTER))
 property_test = settings(
-    deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

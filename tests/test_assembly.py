@@ -40,7 +40,7 @@ def flat(assembly):
     return np.concatenate([*others, last])
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.permutations(range(CHUNKS)), st.integers(0, CHUNKS - 1))
 def test_a_version_is_complete_with_its_last_chunk_in_any_order(assembly, order, twice):
     made = Assembly(assembly.layout)

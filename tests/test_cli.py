@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from esync import transport
+from esync import cli, transport
 from esync.config import RunConfig, task
 from esync.errors import ConfigError
 from esync.keys import cli as keys_cli
@@ -126,6 +128,23 @@ def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path) -> None:
     found = run(run_cli.main, str(file), "--runs", str(tmp_path / "runs"), "--dry-run")
     assert found.exit_code == 1
     assert "nothing on it is encrypted" in found.output
+
+
+def test_a_signal_is_heard_again_after_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if others came meanwhile, and the first interrupt was caught by somebody."""
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr(cli.signal, "signal", lambda number, what: handlers.update({number: what}))
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    now = 100.0
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
+    cli.interrupt_on_sigterm()
+    heard = []
+    for now in (100.0, 100.1, 100.8, 101.1, 101.2, 102.3):
+        try:
+            handlers[signal.SIGTERM](signal.SIGTERM, None)
+        except KeyboardInterrupt:
+            heard.append(now)
+    assert heard == [100.0, 101.1, 102.3]
 
 
 def test_a_run_is_not_gone_on_with_under_another_name(tmp_path: Path) -> None:

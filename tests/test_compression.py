@@ -35,7 +35,7 @@ every_lossy = pytest.mark.parametrize("compression", LOSSY)
 floats = st.floats(-(2.0**127), 2.0**127, width=32, allow_subnormal=False)
 vectors = arrays(np.float32, st.integers(1, 200), elements=floats)
 property_test = settings(
-    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 

@@ -147,7 +147,7 @@ def test_a_worker_that_becomes_active_has_the_clock_of_the_slowest():
     assert first.clock == 0
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(

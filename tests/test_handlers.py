@@ -1012,6 +1012,18 @@ def test_who_interrupts_a_run_that_has_ended_does_without_the_last_evaluation():
     assert judge.reason == "interrupted"
 
 
+def test_a_parameter_server_that_goes_after_the_end_does_not_cost_the_last_evaluation():
+    server = running("a", heartbeat_s=3600.0, rounds=1)
+    server.gets(Join("judge", "evaluator"))
+    server.gets(Reset("ps", 1, {}))
+    server.gets(Leave("a"))
+    server.gets(Leave("ps", "it was killed"))
+    server.gets(Report("judge", 1, 0, "eval", accuracy=0.9))
+    assert server.handlers.history.accuracy[-1]["accuracy"] == 0.9
+    server.gets(Leave("judge"))
+    assert server.finished == 1
+
+
 def test_who_interrupts_a_run_twice_has_its_workers_leave_in_order():
     server = running("a", heartbeat_s=3600.0)
     server.gets(Join("judge", "evaluator"))

@@ -101,7 +101,7 @@ def test_the_four_messages_of_the_paper_keep_their_names():
     assert len(names) == len(TYPES)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(any_message)
 def test_every_message_arrives_as_it_was_sent(message):
     arrived = decode(encode(message))
@@ -123,26 +123,26 @@ def test_a_message_is_one_flat_map_with_version_and_type(message):
     assert raw.keys() - {"v", "msg_type"} == {k for k, v in fields.items() if v is not None}
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_message_or_refused(frame):
     decoded_or_refused(frame)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(anything)
 def test_any_msgpack_is_a_message_or_refused(value):
     decoded_or_refused(msgpack.packb(value))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.sampled_from(all_fields), anything)
 def test_any_value_in_any_field_is_a_message_or_refused(cls_field, value):
     cls, name = cls_field
     decoded_or_refused(msgpack.packb({**example(cls), name: value}))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(any_message, st.data())
 def test_a_damaged_frame_is_a_message_or_refused(message, data):
     frame = bytearray(encode(message))

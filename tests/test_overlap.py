@@ -283,9 +283,15 @@ def test_a_model_that_is_lost_on_the_way_is_fetched_while_training_goes_on() -> 
 
 def leave_and_miss(worker: Worker, versions: int) -> None:
     """As if evicted: the others go on without this worker, which notices nothing until it is told."""
-    worker._link.inbox.put(Leave(worker.name, "evicted"))
     missed = version_of(worker) + versions
-    until(worker, lambda: version_of(worker) >= missed, f"version {missed}")
+
+    def gone_on() -> bool:
+        worker._link.inbox.put(
+            Leave(worker.name, "evicted")
+        )  # again: it may have heard, and joined
+        return version_of(worker) >= missed
+
+    until(worker, gone_on, f"version {missed}")
 
 
 def until_it_takes_part_again(trainer: Trainer, clusters: list[Cluster]) -> None:

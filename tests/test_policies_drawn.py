@@ -329,7 +329,6 @@ def test_a_run_without_a_number_of_rounds_has_no_limit_of_credits():
     assert Counter(tier_of(policy, table, round) for round in range(6, 400)) == {1: 394}
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.floats(0.0, 9.0), max_size=6),
     st.integers(1, 8),
@@ -543,7 +542,7 @@ MODES = {
 }
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data())
 @pytest.mark.parametrize("name", list(MODES))
 def test_every_round_ends_while_workers_come_go_and_return(name, data):
@@ -569,7 +568,7 @@ def test_every_round_ends_while_workers_come_go_and_return(name, data):
     assert [row.version for row in rounds] == list(range(1, 26))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.floats(0.02, 3.0), min_size=2, max_size=5), st.integers(0, 3), st.data())
 def test_nobody_gets_further_ahead_than_the_bound_in_whole_runs(steps_s, bound, data):
     """Counted by the updates that the parameter server has applied: one of the slowest may be on its way."""

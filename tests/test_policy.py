@@ -52,7 +52,7 @@ def published(rank, c, k, te, ready, round, now, epsilon=0.5):
     return synchronise
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_paper_esync_decides_as_published(data):
     p = data.draw(st.integers(1, 5))
@@ -102,7 +102,6 @@ def test_fixed_steps_syncs_after_exactly_that_many_but_finishes_a_running_step(s
 # The adaptive decision
 
 
-@settings(deadline=None)
 @given(
     st.floats(0.01, 1.0),
     st.floats(1.0, 20.0),
@@ -322,7 +321,7 @@ def cluster(policy, paces, *, delay_s=0.0, deliveries=None, **options):
 paces = st.lists(st.floats(0.02, 3.0), min_size=1, max_size=6)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(paces, policies, st.sampled_from([0.0, 0.001, 0.02]))
 def test_at_constant_pace_nobody_waits_a_step_of_its_own_plus_epsilon(steps_s, policy, delay_s):
     """The bound that holds: whoever waits could not have fitted in another step.
@@ -342,7 +341,7 @@ def test_at_constant_pace_nobody_waits_a_step_of_its_own_plus_epsilon(steps_s, p
         assert after.at - before.at <= slowest + 6 * delay_s + CLOSE
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.floats(0.02, 3.0), st.floats(0.0, 2.0)), min_size=2, max_size=5))
 def test_the_time_that_an_update_needs_is_part_of_a_worker_s_pace(workers):
     """Rounds last as long as the longest step and delivery; the others stop when the slowest has finished its step."""
@@ -436,7 +435,7 @@ def test_a_worker_that_turns_slow_in_mid_lease_is_fetched_by_the_slowest_s_arriv
         assert after.at - before.at <= 2.0 + CLOSE
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.lists(seconds, min_size=1, max_size=8), min_size=1, max_size=5), policies)
 def test_every_round_ends_however_the_paces_change(patterns, policy):
     """Each worker's steps cycle through drawn durations: constant, jittered, or changing from round to round."""
@@ -448,7 +447,7 @@ def test_every_round_ends_however_the_paces_change(patterns, policy):
         assert all(steps >= 1 for steps in row.steps.values())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.lists(seconds, min_size=12, max_size=12), min_size=2, max_size=5), policies)
 def test_every_round_ends_when_paces_change_between_rounds(patterns, policy):
     paces = [lambda n, own=own: own[len(made.rounds) % len(own)] for own in patterns]
@@ -464,7 +463,7 @@ comings = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(paces, comings, st.data(), policies, st.sampled_from([0.0, 0.003]))
 def test_every_round_ends_while_workers_come_go_and_return(steps_s, late, data, policy, delay_s):
     """The worker w0 lives through it; every other one may die at any moment, and may come back under its name."""
@@ -483,7 +482,7 @@ def test_every_round_ends_while_workers_come_go_and_return(steps_s, late, data, 
     assert all("w0" in row.waits for row in rounds)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(paces, st.data())
 def test_every_round_of_fixed_steps_ends_while_workers_come_and_go(steps_s, data):
     count = data.draw(st.integers(1, 4))
@@ -499,7 +498,7 @@ def test_every_round_of_fixed_steps_ends_while_workers_come_and_go(steps_s, data
         assert set(row.steps.values()) == {count}
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(paces, policies, st.integers(1, 20))
 def test_nobody_does_more_steps_a_round_than_the_run_allows(steps_s, policy, most):
     steps = [

@@ -195,6 +195,18 @@ def test_keep_going_is_for_a_run_that_has_begun(tmp_path: Path) -> None:
     assert not _living(str(tmp_path)), "processes were left behind"
 
 
+def test_a_run_whose_workers_were_sent_into_the_background_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "loop.py").write_text(LOOP)
+    loop = f"sh -c '{sys.executable} {tmp_path / 'loop.py'} > /dev/null 2>&1 &'"
+    cluster = _own_loops(tmp_path, loop, loop)
+    options = ["--runs", str(tmp_path / "runs"), "--name", "it"]
+    status, output = command("esync.run.cli", str(cluster), *options)
+    assert status == 0, output
+    summary = json.loads(_text(tmp_path / "runs" / "it" / "summary.json"))
+    assert [row["left_why"] for row in summary["workers"]] == ["done", "done"]
+    assert summary["rounds"] > 3
+
+
 def test_a_run_whose_workers_have_all_ended_does_too(tmp_path: Path) -> None:
     cluster = _own_loops(tmp_path, "", "")
     options = ["--runs", str(tmp_path / "runs"), "--name", "it"]

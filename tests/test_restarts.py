@@ -266,9 +266,15 @@ def test_a_directory_in_which_a_run_goes_on_is_not_another_run_s(processes, tmp_
         with pytest.raises(ConfigError, match=why):
             results_directory("c", "run", str(tmp_path), "sync", force)
     assert (run.directory / "endpoint").read_text().strip() == run.endpoint
-    ps = processes.start("other", "esync.ps.cli", *run.join, "--name", "ps")
-    assert ps.wait(30) == 1
-    assert re.search("parameter server named 'ps' was heard .* ago", processes.output("other"))
+    processes.until(lambda: list((run.directory / "checkpoints").glob("*")), "a checkpoint")
+    elsewhere = [*run.join[:2], "--run-dir", str(tmp_path / "elsewhere")]
+    for where, why in (
+        (run.join, "has the checkpoints of a run that goes on: --resume takes the place"),
+        (elsewhere, "parameter server named 'ps' was heard .* ago"),
+    ):
+        ps = processes.start("other", "esync.ps.cli", *where, "--name", "ps")
+        assert ps.wait(30) == 1
+        assert re.search(why, processes.output("other"))
     before = run.version()
     run.rounds(5)
     assert run.end()["rounds"] > before

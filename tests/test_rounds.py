@@ -177,7 +177,7 @@ def test_a_run_that_was_stopped_in_the_middle_of_a_version_is_gone_on_with_in_th
     monkeypatch.setattr(link.Link, "_send_chunk", in_part)
     with Cluster(config, "tcp", tmp_path) as cluster:
         threads = [cluster.train(f"w{i}", loop) for i in range(2)]
-        _until(lambda: _made_of_the_next(cluster.ps) == 4)
+        _until(lambda: _made(cluster.ps) == (3, 4))
         cluster.ps.stop() if interrupted else cluster.state.stop("seen enough")
         finals = [thread.result() for thread in threads]
         summary = cluster.finish()
@@ -576,10 +576,10 @@ def test_a_state_server_of_another_version_is_recognised(role: str) -> None:
     context.term()
 
 
-def _made_of_the_next(ps: ParameterServer) -> int:
-    """How many chunks of the next version are final."""
+def _made(ps: ParameterServer) -> tuple[int, int]:
+    """The version, and how many chunks of the next one are final."""
     aggregation = ps.thread.aggregation if ps.thread is not None else None
-    return len(aggregation.in_progress()) if aggregation is not None else 0
+    return (-1, 0) if aggregation is None else (aggregation.version, len(aggregation.in_progress()))
 
 
 def _until(condition: Any, timeout_s: float = 20.0) -> None:

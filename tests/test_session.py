@@ -336,7 +336,7 @@ def test_a_round_that_begins_during_the_last_step_allowed_counts_it():
 # Whatever comes
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.booleans(),
     st.lists(st.tuples(st.sampled_from(["train", "sync"]), st.integers(0, 5)), min_size=1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from esync.config import NetworkConfig, WorkerConfig
@@ -82,7 +82,6 @@ def fluid(sent):
     return [arrived[number] for number in range(len(sent))]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 10)), min_size=1, max_size=12))
 def test_any_transfers_share_a_line_like_a_fluid(sent):
     assert on_shared_line(sent, mbit=8e-6) == pytest.approx(fluid(sent), abs=0.05)

@@ -113,7 +113,7 @@ anything = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.dictionaries(st.sampled_from(["leaves", "leaf"]), anything) | anything)
 def test_garbage_is_a_layout_or_a_model_error(raw):
     try:
@@ -123,7 +123,7 @@ def test_garbage_is_a_layout_or_a_model_error(raw):
     assert layout.size > 0
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(with_elements, st.data())
 def test_a_damaged_layout_is_a_layout_or_a_model_error(layout, data):
     raw = layout.to_wire()

@@ -180,7 +180,8 @@ def test_a_context_with_an_authenticator_of_its_own_is_said(context):
         other.stop()
 
 
-def test_a_worker_that_waits_for_long_asks_where_the_servers_are(context):
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_worker_that_waits_for_long_asks_where_the_servers_are(context, blocked):
     """A server that was started again has another token, and the word of it may have been lost."""
     with context.socket(zmq.ROUTER) as state:
         state.bind("inproc://state")
@@ -191,7 +192,13 @@ def test_a_worker_that_waits_for_long_asks_where_the_servers_are(context):
             link.shared.awaiting = (0,)
             nothing = SimpleNamespace(version=1)
             link._channels = [
-                SimpleNamespace(progress_at=0, shard=0, assembly=nothing, on_time=lambda now: None)
+                SimpleNamespace(
+                    progress_at=0,
+                    shard=0,
+                    assembly=nothing,
+                    blocked=blocked,
+                    on_time=lambda now: None,
+                )
             ]
             link._on_time(100.0, 0.0)
             assert state.poll(5000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -92,6 +93,18 @@ def test_what_is_sent_before_there_is_a_connection_arrives_though_the_socket_is_
             dealer.send(b"%d" % number)
         assert socket.poll(5000)
         assert socket.recv_multipart() == [b"w", b"%d" % number]
+
+
+def test_a_socket_can_be_closed_while_its_context_is_terminated() -> None:
+    context = zmq.Context[Any]()
+    dealer = transport.dealer(context, "w", "tcp://127.0.0.1:9")
+    term = threading.Thread(target=context.term, daemon=True)
+    term.start()
+    with pytest.raises(zmq.ContextTerminated):
+        dealer.recv()
+    dealer.close(0)
+    term.join(10)
+    assert not term.is_alive()
 
 
 def test_a_server_that_is_stopped_takes_nothing_more_off_its_socket(

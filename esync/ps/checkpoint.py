@@ -183,7 +183,7 @@ class Checkpoints:
         """All of them, the newest version first, and of one version what was written last: a run may be stopped in the
         middle of a version, gone on with, and stopped in the middle of the same."""
         found = self.directory.glob(f"shard{self.shard}-version*-*.safetensors")
-        return sorted(found, key=lambda x: (_version_of(x), x.stat().st_mtime_ns), reverse=True)
+        return sorted(found, key=lambda x: (_version_of(x), _written_at(x)), reverse=True)
 
     def write(self, snapshot: Snapshot) -> Path:
         """Write one, and remove those that are not kept any more.
@@ -217,12 +217,10 @@ class Checkpoints:
         _sync(part)
         part.replace(path)
         _sync(self.directory)
-        # (Newer versions are damaged ones, which were passed over when this was gone on from.)
-        others = [x for x in self.paths() if x != path]
-        kept = [x for x in others if _version_of(x) <= snapshot.version][: self.keep - 1]
-        for old in others:
-            if old not in kept:
-                old.unlink(missing_ok=True)
+        # (A newer one is damaged, or could not be read when the run was gone on with.)
+        older = [x for x in self.paths() if x != path and _version_of(x) <= snapshot.version]
+        for old in older[self.keep - 1 :]:
+            old.unlink(missing_ok=True)
         return path
 
     def latest(self, say: Callable[[str], None]) -> Snapshot | None:
@@ -325,6 +323,14 @@ def _version_of(path: Path) -> int:
     """By a checkpoint's name; -1: it is none."""
     number = path.name.partition("-version")[2].partition("-")[0]
     return int(number) if number.isdecimal() else -1
+
+
+def _written_at(path: Path) -> int:
+    """In nanoseconds; 0 if it is gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _checksum(path: Path) -> str:

@@ -31,6 +31,8 @@ from esync.status.inquiry import Inquiry
 REFRESH_S = 0.25
 GOODBYE_S = 1.0
 """How long a role has to end by itself once the state server has."""
+GONE_S = 3.0
+"""After so long without a worker a run whose workers have ended does, too."""
 MOST_DEATHS, DEATHS_S = 5, 60.0
 """So many deaths of servers in so many seconds are no accident."""
 
@@ -230,14 +232,16 @@ class _Run:
         return launcher.roles_of(self.cluster, self.directory, endpoint, resume=self.resume)
 
     def _watch(self, inquiry: Inquiry, show: Callable[[dict[str, Any], str], None]) -> None:
+        gone_at: float | None = None
         ending = False
         while self.roles[0].status != 0:  # the state server ends the run
             self._check()
-            gone = self._workers_are_gone()
             with contextlib.suppress(ProtocolError):  # a table that cannot be had ends no run
                 if inquiry.ask():
                     show(inquiry.table, inquiry.waiting_for)
-                    if gone and inquiry.table["stopped"] is None and not ending:
+                    now = time.monotonic()
+                    gone_at = (gone_at or now) if self._workers_are_gone(inquiry.table) else None
+                    if gone_at is not None and now - gone_at > GONE_S and not ending:
                         ending = True
                         self.console.print("every worker has ended: ending the run")
                         launcher.terminate(self.roles[0])
@@ -275,10 +279,12 @@ class _Run:
                 return bool(self._inquiry.table["started"])
         return True
 
-    def _workers_are_gone(self) -> bool:
-        """Whether all of them have ended properly, which they do when the run does, or when their loops do."""
+    def _workers_are_gone(self, table: dict[str, Any]) -> bool:
+        """Whether the run goes on though nobody trains any more, our workers having ended properly: their loops did."""
         names = {row.name for row in self.cluster.each_worker()}
-        return all(role.status == 0 for role in self.roles if role.name in names)
+        ended = all(role.status == 0 for role in self.roles if role.name in names)
+        here = any(row["role"] == "worker" for row in table["workers"])  # or started by others
+        return ended and not here and table["started"] and table["stopped"] is None
 
     def _start_again(self, role: Role) -> bool:
         """Start a server again, which goes on where the run was; False if it dies too often."""

@@ -214,7 +214,7 @@ class Handlers:
             Status: self.on_status,
             Error: self.on_error,
             Tick: self.on_tick,
-            StopRun: lambda peer, event: self.stop(event.reason),
+            StopRun: self.on_stop_run,
         }
 
     def saved(self) -> dict[str, Any]:
@@ -953,11 +953,24 @@ class Handlers:
             return f"{few} more worker{'s' if few > 1 else ''}: too few are left"
         return ""
 
+    def on_stop_run(self, peer: bytes, event: StopRun) -> None:
+        """Somebody ends the run; if it has ended, the wait for its last evaluation."""
+        if self.stopped is None:
+            self.stop(event.reason)
+        else:
+            self._do_without_evaluators(event.reason)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run has ended, but for its last evaluation."""
+        return self.stopped is not None and any(
+            record.role == "evaluator" for record in self.table.records.values()
+        )
+
     def stop(self, reason: str) -> None:
         """End the run: the parameter servers make no more versions, every worker and evaluator is told which one is the
         last, they leave, and the parameter servers go."""
         if self.stopped is not None:
-            self._do_without_evaluators(reason)
             return
         self.stopped = reason
         self._stopped_at = self._clock()

@@ -141,9 +141,10 @@ class StateServer:
         for kind, handler in self.handlers.table_of_handlers().items():
             self._server.on(kind, handler)
 
-    def stop(self, reason: str) -> None:
-        """End the run; from any thread."""
+    def stop(self, reason: str) -> bool:
+        """End the run, or its wait for the last evaluation; from any thread. False if there is nothing to end."""
         self._server.post_threadsafe(StopRun(reason))
+        return self.handlers.stopped is None or self.handlers.evaluates
 
     async def run(self) -> dict[str, Any]:
         """Serve until the run has ended and everybody has left; returns the summary."""

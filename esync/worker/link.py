@@ -432,11 +432,13 @@ class Link(threading.Thread):
         for channel in self._channels:
             channel.on_time(now)
         if shared.awaiting is not None:
-            # (What waits to be sent is before the question: there is nothing to ask yet.)
-            late = [c for c in self._channels if now - c.progress_at > RETRY_S and not c.blocked]
-            for channel in late:
+            late = [c for c in self._channels if now - c.progress_at > RETRY_S]
+            free = [
+                c for c in late if not c.blocked
+            ]  # else there is nothing to ask before that is sent
+            for channel in free:
                 channel.progress_at = now
-            self._fetch(late)
+            self._fetch(free)
             if late and shared.accepted and now - self._joined_at > ASK_WHERE_S:
                 self._send_join()
 
