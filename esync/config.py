@@ -165,7 +165,7 @@ class RunConfig:
     )
     participation: float = _option(
         1.0,
-        "Modes fedavg and tifl: share of the workers (of the tier) that a round draws, at least one.",
+        "Modes fedavg and tifl: share of the workers (of the tier) that a round draws, rounded up.",
         low=0.0001,
         high=1,
     )
@@ -262,8 +262,14 @@ class RunConfig:
             raise ConfigError(
                 f"outer = {self.outer!r} works on the average of a round; mode {self.mode} has none"
             )
-        if self.weights == "fednova" and algorithm(self.mode).aggregation != "mean":
-            raise ConfigError(f"fednova weighs the deltas of a round; mode {self.mode} has none")
+        if self.max_steps and self.min_steps > self.max_steps:
+            raise ConfigError(
+                f"min_steps = {self.min_steps} are more than max_steps = {self.max_steps}"
+            )
+        if self.weights != "equal" and algorithm(self.mode).aggregation != "mean":
+            raise ConfigError(
+                f"weights = {self.weights!r} are of the deltas of a round; mode {self.mode} has none"
+            )
         if self.clip_update and (self.weights == "fednova" or self.dcasgd):
             what = 'weights = "fednova"' if self.weights == "fednova" else "dcasgd"
             raise ConfigError(
@@ -278,6 +284,10 @@ class RunConfig:
             raise ConfigError("target_accuracy needs evaluations: set evaluate_every_s above 0")
         if self.ema and algorithm(self.mode).aggregation != "mean":
             raise ConfigError(f"ema averages the versions of rounds; mode {self.mode} has none")
+        if self.min_workers > self.workers:
+            raise ConfigError(
+                f"min_workers = {self.min_workers} are more than the workers = {self.workers} that the run begins with"
+            )
         if algorithm(self.mode).single and self.workers != 1:
             raise ConfigError(
                 f"mode {self.mode} trains on one worker; set workers = 1, not {self.workers}"

@@ -334,6 +334,12 @@ def test_an_outer_optimiser_needs_rounds_that_are_averaged(outer):
     assert "mode async has none" in error(RunConfig, mode="async", outer=outer)
 
 
+def test_numbers_that_do_not_go_together_are_refused():
+    assert "mode async has none" in error(RunConfig, mode="async", weights="samples")
+    assert "more than max_steps = 2" in error(RunConfig, min_steps=5, max_steps=2)
+    assert "more than the workers = 3" in error(RunConfig, workers=3, min_workers=4)
+
+
 def test_workers_ask_first_where_a_policy_may_hold_them():
     asking = {mode for mode in ALGORITHMS if RunConfig(mode=mode).asks_first}
     assert asking == {"ssp", "fedavg", "tifl", "feddrop"}

@@ -6,6 +6,7 @@ follows from how many steps each update was made of: `w[v+1] = w[v] + mean_i(con
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import defaultdict
@@ -283,12 +284,13 @@ def test_a_model_that_is_lost_on_the_way_is_fetched_while_training_goes_on() -> 
 
 def leave_and_miss(worker: Worker, versions: int) -> None:
     """As if evicted: the others go on without this worker, which notices nothing until it is told."""
-    missed = version_of(worker) + versions
+    missed, left_at = version_of(worker) + versions, -math.inf
 
     def gone_on() -> bool:
-        worker._link.inbox.put(
-            Leave(worker.name, "evicted")
-        )  # again: it may have heard, and joined
+        nonlocal left_at
+        if time.monotonic() - left_at > 2.0:  # once more: it may have been told, and have joined
+            left_at = time.monotonic()
+            worker._link.inbox.put(Leave(worker.name, "evicted"))
         return version_of(worker) >= missed
 
     until(worker, gone_on, f"version {missed}")

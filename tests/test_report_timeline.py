@@ -160,6 +160,44 @@ def test_a_late_worker_a_worker_alone_and_one_that_overlaps_do_not_wait(tmp_path
         assert spans(run, "a") == expected, name
 
 
+def life(t, *totals, worker="a"):
+    """When a process began, or ended with these totals."""
+    if not totals:
+        return {"t": t, "role": worker, "event": "start", "rank": 0, "device": "cpu"}
+    keys = ("steps", "samples", "compute_s", "query_s", "sync_s", "eval_s")
+    fields = dict(zip(keys, totals, strict=True))
+    return {"t": t, "role": worker, "event": "end", "totals": fields}
+
+
+def test_a_round_that_the_end_of_the_run_cut_off_was_waited_in(tmp_path):
+    rows = [start(), published(1.4, 1, a=0.3), a_round(1.5, sync_s=0.5)]
+    rows += [a_round(4.0, round=1, sync_s=1.5)]
+    assert spans(run_of(tmp_path, rows), "a", 1) == [(COMPUTING, 1.5, 2.5), (WAITING, 2.5, 4.0)]
+
+
+def test_what_came_after_the_last_round_is_known_from_the_totals_at_the_end(tmp_path):
+    before = [life(-9.0), a_round(-5.0), life(-4.0, 1, 1, 1.0, 0.0, 0.0, 0.0)]
+    first = [life(-1.0), start(), published(1.4, 1, a=0.3), a_round(1.5, sync_s=0.5)]
+    second = [published(2.9, 2, a=0.3), a_round(3.0, round=1, sync_s=0.5)]
+    second += [published(7.0, 3, b=0.3)]  # without it
+    third = [life(9.0, 5, 5, 3.2, 0.1, 5.0, 0.0)]  # two more steps, and 4 s of waiting to be drawn
+    run = run_of(tmp_path, [*before, *first, *second, *third])
+    expected = [(COMPUTING, 3.0, 4.2), (QUERYING, 4.2, 4.3), (WAITING, 4.3, 8.3)]
+    assert spans(run, "a", 2) == expected
+    drawn = run_of(tmp_path / "drawn", [*first, *second, *third], run={"mode": "tifl"})
+    assert [kind for kind, *_ in spans(drawn, "a", 2)] == [WAITING, COMPUTING, QUERYING]
+    assert slowness(run) == {"a": 1.0}, "of rounds that ended"
+    shown = timeline(run, "it", 0.0, 10.0)
+    assert shown.rows[0].share == pytest.approx(3.2 / 8.3)
+
+
+def test_a_process_without_a_round_or_with_nothing_after_its_last_one_adds_none(tmp_path):
+    idle = run_of(tmp_path / "idle", [life(-1.0), start(), life(9.0, 1, 1, 1.0, 0.0, 0.0, 0.0)])
+    assert spans(idle, "a") == []
+    rows = [life(-1.0), start(), a_round(1.0), life(9.0, 1, 1, 1.0004, 0.0, 0.0, 0.0)]
+    assert spans(run_of(tmp_path / "all", rows), "a") == [(COMPUTING, 0.0, 1.0)]
+
+
 def test_where_workers_wait_for_their_turn_that_wait_is_before_the_round(tmp_path):
     # The turn comes at 3.0; 1 s of computing, 0.1 s of sending, 0.3 s for the others, 0.1 s of receiving.
     rows = [start(), published(4.4, 8, a=0.3), a_round(4.5, round=7, sync_s=3.5)]

@@ -62,6 +62,11 @@ ERRORS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
         [*WORKERS, {"name": "c", "step_time_s": 0.1, "join_s": 5.0}],
         r"the run starts with 4 workers, but only 3 are there from the beginning",
     ),
+    "batches that no worker has": (
+        {"rounds": 3, "batch_size": 5000},
+        WORKERS,
+        r"a batch has 5000 samples, this worker's share only \d+; lower batch_size",
+    ),
     "an unknown model": ({"rounds": 3, "model": "mpl"}, WORKERS, r"Did you mean 'mlp'\?"),
 }
 

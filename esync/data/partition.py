@@ -52,17 +52,22 @@ def batches(own: Part, size: int, seed: int, rank: int) -> Iterator[Part]:
 
     Raises ModelError if `own` has less than `size` samples, or `size` is less than one.
     """
+    check_size(own, size)
+    random = np.random.default_rng([seed, rank])
+    while True:
+        shuffled = random.permutation(own)
+        for at in range(0, len(shuffled) - size + 1, size):
+            yield shuffled[at : at + size]
+
+
+def check_size(own: Part, size: int) -> None:
+    """Raises ModelError if `own` has less than `size` samples, or `size` is less than one."""
     if size < 1:
         raise ModelError(f"a batch has at least one sample, not {size}")
     if len(own) < size:
         raise ModelError(
             f"a batch has {size} samples, this worker's share only {len(own)}; lower batch_size"
         )
-    random = np.random.default_rng([seed, rank])
-    while True:
-        shuffled = random.permutation(own)
-        for at in range(0, len(shuffled) - size + 1, size):
-            yield shuffled[at : at + size]
 
 
 def digest(parts: Sequence[Part]) -> str:

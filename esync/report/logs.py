@@ -12,6 +12,10 @@ STATE = "state"
 """The state server's role."""
 
 
+ROUNDING_S = 0.01
+"""What is shorter may come from the rounding of many rows."""
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerRound:
     """One round of one worker; it ended at `t`, and its parts add up to the time since it began."""
@@ -80,6 +84,7 @@ class Log:
         resumes: when the clock of a run that was gone on with began to run again, and where it stood.
         joined, left: who joined (name -> worker or evaluator) and who left again.
         devices: worker -> the device that it named.
+        unfinished: worker -> rounds in which it was when its process ended, with the time until then.
         first, last: times of the first and of the last row.
         skipped: lines that are not rows.
     """
@@ -92,6 +97,8 @@ class Log:
     left: set[str] = field(default_factory=set)
     devices: dict[str, str] = field(default_factory=dict)
     rounds: dict[str, list[WorkerRound]] = field(default_factory=dict)
+    unfinished: dict[str, list[WorkerRound]] = field(default_factory=dict)
+    lives: dict[str, int] = field(default_factory=dict)  # how many rounds there were before
     published: list[Published] = field(default_factory=list)
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
     accuracy: list[Accuracy] = field(default_factory=list)
@@ -146,6 +153,11 @@ class Log:
             self.starts.append(t)
         elif event == "start" and "device" in row:
             self.devices[role] = str(row["device"])
+            self.lives[role] = len(self.rounds.get(role, []))
+        elif event == "end" and role in self.devices:
+            rows = self.rounds.get(role, [])[self.lives[role] :]
+            if rest := _rest_of(t, row["totals"], rows):
+                self.unfinished.setdefault(role, []).append(rest)
         elif event == "stop" and role == STATE:
             self.stops.append(t)
             self.stop_reason = str(row.get("reason", ""))
@@ -168,6 +180,7 @@ class Log:
         self.resumes = [(t, run_s) for t, run_s in self.resumes if t > start]
         self.rounds = {name: _since(since, rows) for name, rows in self.rounds.items()}
         self.rounds = {name: rows for name, rows in self.rounds.items() if rows}
+        self.unfinished = {n: _since(since, rows) for n, rows in self.unfinished.items()}
         self.published = _since(since, self.published)
         self.evaluations = {name: _since(since, rows) for name, rows in self.evaluations.items()}
         self.accuracy = _since(since, self.accuracy)
@@ -237,6 +250,27 @@ def _worker_round(t: float, row: dict[str, Any]) -> WorkerRound:
         _optional(row.get("loss")),
         bool(row.get("late")),
     )
+
+
+def _rest_of(t: float, totals: dict[str, Any], rows: list[WorkerRound]) -> WorkerRound | None:
+    """What a process did after the last of its rounds that ended, by its totals; None if that is nothing, or unknown
+    since it finished no round. It ends where its parts do: what came between that and `t` was its leaving."""
+    if not rows:
+        return None
+    compute_s, query_s, sync_s = (
+        max(0.0, _seconds(totals[key]) - sum(getattr(row, key) for row in rows))
+        for key in ("compute_s", "query_s", "sync_s")
+    )
+    steps, samples = (
+        max(0, int(totals[key]) - sum(getattr(row, key) for row in rows))
+        for key in ("steps", "samples")
+    )
+    whole_s = min(compute_s + query_s + sync_s, max(0.0, t - rows[-1].t))
+    if whole_s < ROUNDING_S:
+        return None
+    end = rows[-1].t + whole_s
+    round = rows[-1].round + 1
+    return WorkerRound(end, round, steps, samples, compute_s, query_s, sync_s, None, False)
 
 
 def _published(t: float, server: str, row: dict[str, Any]) -> Published:

@@ -88,7 +88,8 @@ def intervals(
     A worker's round is one row of its log: it ended at the row's time and lasted as long as its parts. In it the
     worker computes, asks, sends its update, waits until the version is published, and receives that. How long it
     waited is the parameter server's `early_s`; what remains of the synchronisation is split into sending and
-    receiving by the time at which the version was published, as far as the two clocks agree. Where workers wait for
+    receiving by the time at which the version was published, as far as the two clocks agree. A round that the run's end
+    cut off has no version: in what is left of it the worker waited. Where workers wait for
     their turn before a round (`asks_first`), what receiving takes is taken for the time of sending too, and the rest
     was that wait. Asking is drawn in one piece, though it happens between steps.
 
@@ -121,6 +122,11 @@ class _Updates:
                 for name in row.early_s:
                     self._of_worker.setdefault(name, []).append(row.t)
 
+    def cuts_off(self, row: WorkerRound) -> bool:
+        """Whether the run ended before this round did: its version was never published, nor a later one."""
+        newest = max(self._of_version, default=math.inf)
+        return self._barrier and not row.late and row.round + 1 > newest
+
     def of(self, worker: str, row: WorkerRound) -> tuple[float, float] | None:
         """(when, how early in seconds). With a barrier that is the next version; without one, of the versions that the
         worker has a part in, the nearest to the round's end, and nobody is early."""
@@ -140,11 +146,18 @@ def _rounds(
 ) -> list[Interval]:
     made: list[Interval] = []
     free = -math.inf  # where the round before ended: a clock that was set back makes no overlap
-    for row in run.log.rounds.get(worker, []):
+    unfinished = run.log.unfinished.get(worker, [])
+    for row in sorted([*run.log.rounds.get(worker, []), *unfinished], key=lambda row: row.t):
         end = run.log.run_s(row.t)
         at = end - row.total_s
         if end > begin_s and at < end_s:
-            for kind, lasted_s in _parts(run, row, updates.of(worker, row)):
+            if row in unfinished:
+                parts = _cut_off(row, waited_first=run.algorithm.asks_first)
+            elif updates.cuts_off(row) and not run.config.get("overlap"):
+                parts = _cut_off(row)
+            else:
+                parts = _parts(run, row, updates.of(worker, row))
+            for kind, lasted_s in parts:
                 until = at + lasted_s
                 begin = max(at, free)
                 if until - begin > SHORTEST_S:
@@ -176,6 +189,13 @@ def _parts(
     else:
         parts += [(SYNCHRONISING, sending + receiving)]
     return parts
+
+
+def _cut_off(row: WorkerRound, *, waited_first: bool = False) -> list[tuple[str, float]]:
+    """The same of a round that the run's end cut off: from its last step on the worker waited, or for its turn."""
+    trained = [(COMPUTING, row.compute_s), (QUERYING, row.query_s)]
+    waited = [(WAITING, row.sync_s)]
+    return waited + trained if waited_first else trained + waited
 
 
 def _evaluations(run: Run, name: str, begin_s: float, end_s: float) -> list[Interval]:

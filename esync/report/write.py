@@ -114,8 +114,7 @@ def _timeline_caption(shown: Timeline) -> str:
         f"{shown.begin_s:.3g} s to {shown.end_s:.3g} s after the start"
         + (f"; {shown.note}" if shown.note else "")
         + ". To the right: the share of this time that was spent computing. White lines part local steps, drawn "
-        "equally long within a round; waiting is for the others or for one's turn; blank: nothing was logged, as of a "
-        "round that did not end."
+        "equally long within a round; waiting is for the others or for one's turn; blank: nothing was logged."
     )
     if shown.boundaries:
         text += " Numbers above: the version that was published."

@@ -59,6 +59,8 @@ class Learner:
         self.parts = partition.split(
             self.dataset.train_labels, config.workers, config.split, config.seed
         )
+        for own in self.parts:
+            partition.check_size(own, config.batch_size)
         self.split_digest = partition.digest(self.parts)
         self.pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="esync-sim-train")
         self._evaluations = ThreadPoolExecutor(1, thread_name_prefix="esync-sim-evaluate")
