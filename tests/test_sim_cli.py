@@ -62,11 +62,6 @@ ERRORS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
         [*WORKERS, {"name": "c", "step_time_s": 0.1, "join_s": 5.0}],
         r"the run starts with 4 workers, but only 3 are there from the beginning",
     ),
-    "batches that no worker has": (
-        {"rounds": 3, "batch_size": 5000},
-        WORKERS,
-        r"a batch has 5000 samples, this worker's share only \d+; lower batch_size",
-    ),
     "an unknown model": ({"rounds": 3, "model": "mpl"}, WORKERS, r"Did you mean 'mlp'\?"),
 }
 
@@ -79,6 +74,13 @@ def test_what_cannot_run_is_refused_in_a_line_that_says_why(name: str, tmp_path:
     assert result.exit_code == 1
     assert re.search(expected, result.output), result.output
     assert not (tmp_path / "runs").exists()
+
+
+def test_batches_that_no_worker_has_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    cluster = config.cluster({"run": {**RUN, "rounds": 8, "batch_size": 5000}, "workers": WORKERS})
+    with pytest.raises(EsyncError, match=r"a batch has 5000 samples, this worker's share only"):
+        cli.simulate(cluster, tmp_path, say=lambda text: None)
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_a_run_leaves_its_file_its_events_its_summary_and_its_model_behind(
