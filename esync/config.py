@@ -262,10 +262,6 @@ class RunConfig:
             raise ConfigError(
                 f"outer = {self.outer!r} works on the average of a round; mode {self.mode} has none"
             )
-        if self.max_steps and self.min_steps > self.max_steps:
-            raise ConfigError(
-                f"min_steps = {self.min_steps} are more than max_steps = {self.max_steps}"
-            )
         if self.weights != "equal" and algorithm(self.mode).aggregation != "mean":
             raise ConfigError(
                 f"weights = {self.weights!r} are of the deltas of a round; mode {self.mode} has none"

@@ -269,7 +269,10 @@ def test_a_directory_in_which_a_run_goes_on_is_not_another_run_s(processes, tmp_
     processes.until(lambda: list((run.directory / "checkpoints").glob("*")), "a checkpoint")
     elsewhere = [*run.join[:2], "--run-dir", str(tmp_path / "elsewhere")]
     for where, why in (
-        (run.join, "has the checkpoints of a run that goes on: --resume takes the place"),
+        (
+            run.join,
+            "has checkpoints: --resume goes on from them, .* only if they are of a run that is over",
+        ),
         (elsewhere, "parameter server named 'ps' was heard .* ago"),
     ):
         ps = processes.start("other", "esync.ps.cli", *where, "--name", "ps")
@@ -431,7 +434,7 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_a_new_one(
     run.join = ["--connect", match, "--run-dir", str(run.directory)]
     ps = run.start_ps()
     assert ps.wait(30) == 1
-    assert "--resume goes on from them; else remove them" in processes.output("ps")
+    assert "--resume goes on from them, also in the place of" in processes.output("ps")
     kill(state)
 
 

@@ -90,7 +90,6 @@ from esync.ps.checkpoint import (
 )
 from esync.ps.delivery import Delivery
 from esync.ps.turns import Turns
-from esync.run_dir import is_in_use
 from esync.seal import TO_SERVER, TO_WORKERS, Envelope
 from esync.shared_memory import MODEL_SLOTS, UPDATE_SLOTS, Region, SharedMemoryError
 from esync.tensors import Layout
@@ -877,16 +876,11 @@ class TensorThread(threading.Thread):
 
 def _check_is_new(directory: Path) -> None:
     """Raises ConfigError if there are checkpoints, and nobody said what to do with them."""
-    if not any(directory.glob("shard*-version*.safetensors")):
-        return
-    if is_in_use(directory.parent):
+    if any(directory.glob("shard*-version*.safetensors")):
         raise ConfigError(
-            f"{directory} has the checkpoints of a run that goes on: --resume takes the place of its parameter server, "
-            "if that has died"
+            f"{directory} has checkpoints: --resume goes on from them, also in the place of a parameter server that "
+            "died. Remove them only if they are of a run that is over"
         )
-    raise ConfigError(
-        f"{directory} has checkpoints of an earlier run: --resume goes on from them; else remove them"
-    )
 
 
 def _subscriber(message: Fetch | Have | Update) -> str:
