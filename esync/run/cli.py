@@ -273,11 +273,12 @@ class _Run:
             raise EsyncError(f"{text}\n  stopped the other roles; see {role.log}")
 
     def _has_begun(self) -> bool:
-        """Whether the run is known to have begun."""
+        """Whether the run is known to have begun, if need be from what was heard last."""
+        if self._inquiry is None:
+            return False
         with contextlib.suppress(ProtocolError):
-            if self._inquiry is not None and self._inquiry.ask():
-                return bool(self._inquiry.table["started"])
-        return True
+            self._inquiry.ask()
+        return bool(self._inquiry.table.get("started"))
 
     def _workers_are_gone(self, table: dict[str, Any]) -> bool:
         """Whether the run goes on though nobody trains any more, our workers having ended properly: their loops did."""
