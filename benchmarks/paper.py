@@ -36,7 +36,7 @@ SSGD, PUBLISHED = "SSGD", "ESync as published"
 SSGD_TIMES = 5
 """SSGD trains so many times as long as the others."""
 EVALUATE_S = 5.0
-"""Virtual seconds between evaluations at least: less than any round here takes, so that each is evaluated."""
+"""Virtual seconds between evaluations at least: most rounds take longer, and then each is evaluated."""
 LAST = 0.05
 """The accuracy at the end is the mean over this share of the run: from one version to the next it swings by 0.02."""
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -302,7 +302,7 @@ def page(rows: list[dict[str, Any]], where: dict[str, Any], command: str, path: 
         f"Seeds {', '.join(map(str, sorted({row['seed'] for row in rows})))}; where there is one figure, it is "
         f"the first seed's. Model `{rows[0]['model']}`, lr 0.05, batch 64. Accuracy at the end: mean over the last "
         f"{LAST:.0%} of the run. A time to an accuracy is that of the first evaluated version which has it; versions "
-        f"are evaluated every {EVALUATE_S:g} s at most, that is after each round.",
+        f"are evaluated when they come, within {EVALUATE_S:g} s of the last evaluation the newest when these are over.",
     ]
     for title, cells in tables(rows):
         if len(cells) == 1:

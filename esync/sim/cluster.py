@@ -84,6 +84,7 @@ class Cluster:
                 config,
                 events,
                 evaluate,
+                newest=lambda: (self.server.version, self.server.averaged),
                 known=lambda: self.state.history.version,
                 report=lambda report: self.handle(EVALUATOR, report),
             )
@@ -155,7 +156,7 @@ class Cluster:
         for device in self.devices.values():
             device.leave("done")
         if self._evaluator is not None:
-            self._evaluator.finish(self.server.version, self.server.averaged)
+            self._evaluator.finish(self.server.version)
             self.handle(EVALUATOR, Leave(EVALUATOR, "done"))
         self.handle(PS, Leave(PS, "done"))
         self._journal.close()
@@ -208,9 +209,9 @@ class Cluster:
         """A worker sends its update."""
         self.server.push(update)
 
-    def _on_version(self, version: int, chunks: Chunks) -> None:
+    def _on_version(self, version: int) -> None:
         if self._evaluator is not None:
-            self._evaluator.published(version, chunks)
+            self._evaluator.published(version)
 
 
 def virtual_cluster(

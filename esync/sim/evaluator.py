@@ -23,6 +23,7 @@ class Evaluator:
 
     Args:
         evaluate: a model -> its accuracy and loss, when they are computed.
+        newest: the newest version and its chunks.
         known: the newest version that the state server knows of.
         report: hands a report to it.
     """
@@ -32,27 +33,39 @@ class Evaluator:
         config: RunConfig,
         events: Events,
         evaluate: Callable[[Chunks], Future[tuple[float, float]]],
+        newest: Callable[[], tuple[int, Chunks]],
         known: Callable[[], int],
         report: Callable[[Report], None],
     ) -> None:
         self._config, self._events = config, events
-        self._evaluate, self._known, self._report = evaluate, known, report
+        self._evaluate, self._newest = evaluate, newest
+        self._known, self._report = known, report
         self._under_way: list[tuple[int, Future[tuple[float, float]]]] = []
         self._evaluated_at = -math.inf
         self._last = 0
+        self._waits = False
 
-    def published(self, version: int, chunks: Chunks) -> None:
-        """A version is out."""
+    def published(self, version: int) -> None:
+        """A version is out. It, or the newest by then, is evaluated `evaluate_every_s` after the last."""
         every = self._config.evaluate_every_s
-        due = self._events.now - self._evaluated_at >= every > 0
-        if due or self._config.rounds == version:
-            self._evaluated_at = self._events.now
-            self._submit(version, chunks)
+        if self._config.rounds == version:
+            self._submit()
+        elif every > 0 and not self._waits:
+            self._waits = True
+            due = self._evaluated_at + every
+            if due <= self._events.now:
+                self._look()
+            else:
+                self._events.at(due, self._look, routine=True)
 
-    def finish(self, version: int, chunks: Chunks) -> None:
+    def _look(self) -> None:
+        self._waits = False
+        self._submit()
+        self.heard()  # the state server may know of this version already
+
+    def finish(self, version: int) -> None:
         """The run is over, with this version."""
-        if version > self._last:
-            self._submit(version, chunks)
+        self._submit()
         self._collect(version)
 
     def heard(self) -> None:
@@ -60,9 +73,11 @@ class Evaluator:
         if self._config.target_accuracy or len(self._under_way) > MANY:
             self._collect(self._known())
 
-    def _submit(self, version: int, chunks: Chunks) -> None:
-        self._under_way.append((version, self._evaluate(chunks)))
-        self._last = version
+    def _submit(self) -> None:
+        version, chunks = self._newest()
+        if version > self._last:
+            self._last, self._evaluated_at = version, self._events.now
+            self._under_way.append((version, self._evaluate(chunks)))
 
     def _collect(self, newest: int) -> None:
         while self._under_way and self._under_way[0][0] <= newest:

@@ -53,7 +53,7 @@ class Server:
 
     Args:
         initial: the model that the run begins with.
-        on_version: called with each version and its chunks.
+        on_version: called with each version.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Server:
         initial: Vector,
         network: Network,
         journal: Journal,
-        on_version: Callable[[int, Chunks], None],
+        on_version: Callable[[int], None],
     ) -> None:
         config, layout = outside.config, outside.layout
         self._outside, self._events, self._network = outside, outside.events, network
@@ -199,7 +199,7 @@ class Server:
             bytes_down=self._bytes_down,
         )
         self._outside.to_state(PS, Reset(PS, version, early_s, self._bytes_up, self._bytes_down))
-        self._on_version(version, self.averaged)
+        self._on_version(version)
 
     def _present(self) -> list[str]:
         return [name for name, device in self._subscribed.items() if device.doing != "gone"]
