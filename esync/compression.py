@@ -123,7 +123,7 @@ class Int8:
         return math.sqrt(1 + math.sqrt(elements) / (2 * LEVELS)) * (1 + 2**-4)
 
     def encode(self, x: Vector, key: tuple[int, ...]) -> Payload:
-        level = np.float32(max(float(x.max()), -float(x.min())) / LEVELS)
+        level = np.float32(max(float(np.max(x)), -float(np.min(x))) / LEVELS)
         if level < TINY:
             return np.zeros(4 + x.size, np.int8)
         out = np.empty(4 + x.size, np.int8)
@@ -181,9 +181,9 @@ class TopK:
     def decode(self, payload: memoryview, elements: int) -> Vector:
         k = len(payload) // 8
         indices = np.frombuffer(payload, np.uint32, k)
-        if k and int(indices.max()) >= elements:
+        if k and int(np.max(indices)) >= elements:
             raise MessageError(
-                "bad-index", f"element {indices.max()} of a chunk that has {elements} elements"
+                "bad-index", f"element {np.max(indices)} of a chunk that has {elements} elements"
             )
         x = np.zeros(elements, np.float32)
         x[indices] = np.frombuffer(payload, np.float32, k, offset=4 * k)

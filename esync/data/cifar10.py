@@ -136,7 +136,7 @@ def _records(contents: bytes, path: Path) -> npt.NDArray[np.uint8]:
             f"{expected_bytes} bytes, found {len(contents)}. What to do: replace it: {REMEDY}."
         )
     records = np.frombuffer(contents, np.uint8).reshape(RECORDS, RECORD_BYTES)
-    largest = int(records[:, 0].max())
+    largest = int(np.max(records[:, 0]))
     if largest >= CLASSES:
         raise DataError(
             f"{path} is damaged: expected labels from 0 to {CLASSES - 1}, found {largest}. "
