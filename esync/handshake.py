@@ -14,6 +14,7 @@ from __future__ import annotations
 import hmac
 import itertools
 import secrets
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -86,7 +87,8 @@ class _Authenticator(ThreadAuthenticator):
     def stop(self) -> None:
         if self.pipe:
             self.pipe.send(b"TERMINATE")
-            self.thread.join()
+            if not sys.is_finalizing():  # its thread stands still by then, and is a daemon
+                self.thread.join()
             self.pipe.close()
             self.pipe = None  # type: ignore[assignment]  # as its own `stop` does it
             self.zap_socket.unbind("inproc://zeromq.zap.01")

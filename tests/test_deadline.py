@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esync.messages import Lost, Members, Query, Report, Reset, Response
+from esync.messages import Join, Lost, Members, Query, Report, Reset, Response
 from esync.state.deadline import deadline_s
-from tests.test_handlers import running, to
+from tests.test_handlers import ENDPOINTS, running, to
 
 seconds = st.floats(0, 1e4)
 
@@ -46,7 +46,7 @@ def published(server, version):
 
 def habitual(rounds=5, **config):
     """A run of three in which each round took four seconds."""
-    server = running("a", "b", "c", mode="sync", **config)
+    server = running("a", "b", "c", **{"mode": "sync", **config})
     for version in range(1, rounds + 1):
         server.tick(4.0)
         server.gets(Report("ps", version - 1, 0, "serving"))
@@ -78,7 +78,7 @@ def test_a_connected_worker_that_does_not_arrive_is_not_waited_for_and_may_come_
     arrives(server, "a")
     arrives(server, "b")
     assert not members_of(wait(server, 3.0, "a", "b", "c")), "it may still come"
-    sent = wait(server, 2.0, "a", "b", "c")
+    sent = wait(server, 3.0, "a", "b", "c")
     assert members_of(sent) == [{"a", "b"}]
     assert any("c has not arrived after" in text and "usually" in text for text in server.said)
     published(server, 6)
@@ -171,3 +171,67 @@ def test_a_worker_that_comes_in_the_middle_of_a_round_has_its_own_time():
     server.gets(Query("c", 5, 0))
     assert server.table.records["c"].active
     assert not members_of(wait(server, 3.0, "a", "b", "c")), "it has only begun"
+
+
+def test_nobody_is_late_for_rounds_that_another_has_made_longer():
+    """`c` is the slowest by now: who arrived after 4 seconds before does so when it does."""
+    server = habitual(mode="esync")
+    wait(server, 20.0, "a", "b", "c")
+    arrives(server, "a")
+    assert not members_of(wait(server, 4.5, "a", "b", "c")), (
+        "a and b stop when no step fits any more"
+    )
+    arrives(server, "b")
+    assert members_of(wait(server, 1.0, "a", "b", "c")) == [{"a", "b"}], (
+        "the others have waited 5 s"
+    )
+
+
+def test_others_wait_as_long_as_a_step_of_those_who_have_arrived():
+    server = habitual()
+    wait(server, 12.0, "a", "b", "c")
+    version = server.handlers.history.version
+    for _ in range(3):
+        server.gets(Query("a", version, 3, compute_s=9.0))
+    server.gets(Report("a", version, 3, "sync"))
+    assert not members_of(wait(server, 8.5, "a", "b", "c")), "no other step of 9 s fitted"
+    assert members_of(wait(server, 1.0, "a", "b", "c"))
+
+
+def test_a_pause_is_no_time_that_somebody_was_waited_for():
+    server = habitual(min_workers=3)
+    server.tick(1.0)
+    server.handlers._remove("b", "gone")
+    arrives(server, "a")
+    assert not members_of(wait(server, 60.0, "a", "c"))
+    server.member("d")
+    arrives(server, "d")
+    assert not members_of(wait(server, 7.0, "a", "c", "d"))
+    assert members_of(wait(server, 2.0, "a", "c", "d")) == [{"a", "d"}]
+
+
+def test_nobody_is_late_for_an_outage_of_the_parameter_server():
+    """Its first word, when it is back, may be of the next version already, or of an older one."""
+    for version in (4, 5, 6):
+        server = habitual(heartbeat_s=100.0)
+        for _ in range(60):
+            server.beat("a", "b", "c")
+            server.tick(0.5)
+        server.unreachable.add("ps")
+        server.gets(
+            Join("ps", "ps", host="head", endpoints=dict(ENDPOINTS), life="2"), peer="ps\x002"
+        )
+        server.agree("ps\x002")
+        if version == 6:
+            server.gets(Reset("ps", 6, {}), peer="ps\x002")
+        else:
+            server.gets(Report("ps", version, 0, "serving"), peer="ps\x002")
+        assert server.handlers.history.version == version
+        for worker in ("a", "b", "c"):
+            server.gets(Query(worker, version, 0))
+        arrives(server, "a")
+        for _ in range(14):
+            server.beat("a", "b", "c")
+            server.gets(Report("ps", version, 0, "serving"), peer="ps\x002")
+            server.tick(0.5)
+        assert [r.worker for r in server.table.active()] == ["a", "b", "c"], version

@@ -69,9 +69,9 @@ class Server:
                     handlers[Members](b"ps", Members(announced.epoch, {}))
         return list(self.sent)
 
-    def agree(self):
+    def agree(self, peer="ps"):
         """What is sent when the parameter server goes by the members that it was told last."""
-        return self.gets(Members(self.handlers._epoch, {}), peer="ps")
+        return self.gets(Members(self.handlers._epoch, {}), peer=peer)
 
     def refuses(self, message, peer=None):
         with pytest.raises(MessageError) as caught:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from esync import config
-from tests.virtual import untrained
+from esync.sim.cluster import virtual_cluster
+from tests.virtual import Untrained, untrained
 
 CLUSTERS = Path(__file__).parent.parent / "clusters"
 GPUS, CPUS = [f"gpu-{i}" for i in range(4)], ["cpu-0", "cpu-1"]
@@ -129,3 +131,24 @@ def test_after_the_last_round_there_is_no_other_while_the_end_is_on_its_way(mode
         rounds=10,
     )
     assert cluster.run()["rounds"] == cluster.server.version == 10
+
+
+@pytest.mark.parametrize("options", [{}, {"policy": "paper"}, {"overlap": True}])
+def test_a_slower_worker_that_joins_makes_nobody_late(options, tmp_path):
+    """Rounds of 1.3 s become rounds of 20 s: the others train on, and arrive with it."""
+    file = {
+        "run": {"workers": 4, "duration_s": 200, **options},
+        "network": {"latency_s": 0.01},
+        "workers": [
+            *({"name": f"w{s}", "step_time_s": s, "jitter": 0.1} for s in (0.2, 0.5, 1.2, 1.3)),
+            {"name": "slow", "step_time_s": 20.0, "jitter": 0.3, "join_s": 40},
+        ],
+    }
+    log = tmp_path / "events.jsonl"
+    cluster = virtual_cluster(config.cluster(file, {}), Untrained(), log=log)
+    cluster.run()
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert not [row for row in rows if row["event"] == "late"]
+    members = [set(row["members"]) for row in rows if row.get("members") and row["t"] > 80]
+    assert members
+    assert all(len(names) == 5 for names in members)

@@ -622,7 +622,7 @@ class Handlers:
         if len(active) < self.config.workers and now - last < self.config.heartbeat_s:
             return False
         self._journal.write("goes_on", run_s=round(self._standstill_s, 4))
-        self.started, self._standstill_s = now - self._standstill_s, None
+        self.started, self._standstill_s, self._round_at = now - self._standstill_s, None, now
         return True
 
     def on_report(self, peer: bytes, message: Report) -> None:
@@ -705,7 +705,9 @@ class Handlers:
             return
         if server.back:
             server.back = False
-            self._roll_back(server, version)
+            self._round_at = now  # nobody could begin while it was away
+            if version <= self.history.version:  # else its first word is of the next version
+                self._roll_back(server, version)
         newer = version > self.history.version
         bytes_up, bytes_down = sum(s.bytes_up for s in servers), sum(s.bytes_down for s in servers)
         if not all(s.bytes_up or s.bytes_down for s in servers):  # one that came back has not said
@@ -722,7 +724,8 @@ class Handlers:
         self._tell_end_if_agreed()
         if self.config.rounds and version >= self.config.rounds and self.stopped is None:
             self.stop(f"{version} rounds")
-        if newer and self.started is not None and self.stopped is None:
+        goes_on = self.started is not None and self._standstill_s is None and self.stopped is None
+        if newer and goes_on:
             self._round_at = now
             self._draw()
             if algorithm(self.config.mode).barrier:  # else a version is no round
@@ -771,16 +774,34 @@ class Handlers:
             self._tell_end_if_agreed()
 
     def _look_for_late(self, now: float) -> None:
-        """Let a barrier go on without whoever others wait for, and who is far beyond its habit."""
+        """Let a barrier go on without whoever others wait for, and who is far beyond its habit.
+
+        Where the policy plans for the slowest, habits change all at once when somebody else is that. So there is more
+        to it: they have waited, and it has not spoken of a step, for longer than the steps take that it still was to
+        do, and than one takes of those who have arrived, as no other of theirs fitted into the round.
+        """
         if not self.config.deadline_s or not algorithm(self.config.mode).barrier:
             return
+        if self._paused():
+            self._round_at = now  # it is not the members whom everybody waits for
+            return
         members, version = self._members(), self.history.version
-        late = [r for r in members if not (r.arrived and r.round == version)]
-        for record in late if len(late) < len(members) else ():
-            floor, ceiling = self.config.deadline_floor_s, self.config.deadline_s
-            waited = now - max(self._round_at, record.active_at)  # if it came in the round's middle
-            if waited > deadline_s(record.arrivals, floor, ceiling):
-                self._suspend(record, waited, now)
+        arrived, rest = [], []
+        for record in members:
+            (arrived if record.arrived and record.round == version else rest).append(record)
+        if not arrived:
+            return
+        floor, ceiling = self.config.deadline_floor_s, self.config.deadline_s
+        waiting_since = min(r.finished[1] for r in arrived)
+        fitting_s = max(floor, *(r.step_s.value for r in arrived))
+        for record in rest:
+            began = max(self._round_at, record.active_at)  # if it came in the round's middle
+            if now - began <= deadline_s(record.arrivals, floor, ceiling):
+                continue
+            to_do_s = (record.goal - record.step) * record.step_s.value if record.ready else 0.0
+            since = max(began, waiting_since, record.since)
+            if now - since > min(ceiling, max(fitting_s, to_do_s)):
+                self._suspend(record, now - began, now)
 
     def _suspend(self, record: Record, waited: float, now: float) -> None:
         """Go on without a worker until it asks again."""
