@@ -235,3 +235,54 @@ def test_nobody_is_late_for_an_outage_of_the_parameter_server():
             server.gets(Report("ps", version, 0, "serving"), peer="ps\x002")
             server.tick(0.5)
         assert [r.worker for r in server.table.active()] == ["a", "b", "c"], version
+
+
+def clocked(**config):
+    """A run in mode ssp in which each worker has finished four rounds, of two seconds each."""
+    server = running("a", "b", "c", mode="ssp", max_staleness=1, **config)
+    for round in range(4):
+        server.tick(2.0)
+        server.gets(Report("ps", server.handlers.history.version, 0, "serving"))
+        for worker in ("a", "b", "c"):
+            server.gets(Report(worker, 3 * round, 1, "sync", compute_s=2.0))
+            server.gets(Query(worker, 3 * round + 3, 0))
+    return server
+
+
+def alone(server, worker, round):
+    """It finishes a round while the others are still in theirs, and asks for the next."""
+    server.gets(Report(worker, round, 1, "sync", compute_s=2.0))
+    return [m for m in to(worker, server.gets(Query(worker, round + 1, 0)))]
+
+
+def test_whoever_is_held_for_a_stuck_worker_goes_on_without_it():
+    server = clocked()
+    assert alone(server, "a", 12), "one round ahead"
+    assert alone(server, "b", 13)
+    assert not alone(server, "a", 15), "two rounds ahead of c"
+    waited = wait(server, 4.5, "a", "b", "c")
+    assert not to("a", waited)
+    assert server.table.records["c"].active
+    sent = wait(server, 2.0, "a", "b", "c")
+    assert [m.action for m in to("a", sent) if isinstance(m, Response)] == ["sync"], "it may go on"
+    assert any("c has not arrived after" in text for text in server.said)
+    server.gets(Report("c", 12, 1, "sync", compute_s=9.0))
+    server.gets(Query("c", 16, 0))
+    assert server.table.records["c"].active, "it is back"
+
+
+def test_nobody_is_late_in_ssp_while_nobody_is_held():
+    server = clocked()
+    assert alone(server, "a", 12)
+    wait(server, 60.0, "a", "b", "c")
+    assert len(server.table.active()) == 3
+
+
+def test_who_was_held_has_its_own_time():
+    server = clocked(deadline_s=20.0)
+    assert alone(server, "a", 12)
+    assert not alone(server, "a", 15)
+    wait(server, 4.0, "a", "b", "c")
+    for worker, round in (("b", 12), ("c", 13)):
+        assert alone(server, worker, round)
+    assert server.table.records["a"].since == server.now, "its step begins when it is let go on"

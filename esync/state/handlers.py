@@ -517,7 +517,8 @@ class Handlers:
             record.phase = "held"
             self._held[record.worker] = message
             return
-        self._held.pop(record.worker, None)
+        if self._held.pop(record.worker, None) is not None:
+            record.since = now  # it begins only now
         record.phase = TRAIN
         action, lease, width = decision.action, decision.lease, decision.width
         self._send(peer, Response(message.round, message.step, action, lease, width))
@@ -646,12 +647,14 @@ class Handlers:
             self._evaluated(message, message.accuracy, now)
         elif message.phase == SYNC and message.round >= record.round:
             slowest, behind = self.table.slowest(), self.table.behind() if self._held else 0
+            barrier = algorithm(self.config.mode).barrier
+            began = self._round_at if barrier else max(record.since, record.active_at)
             self.table.progress(record, message.round, message.step, message.compute_s, now)
             record.arrived = True
             if record.finished[0] != message.round:  # heartbeats say `sync` too
                 record.finished = (message.round, now)
-                if message.round == self.history.version:
-                    record.arrivals.append(now - self._round_at)
+                if not barrier or message.round == self.history.version:
+                    record.arrivals.append(now - began)
                 record.clock += 1
             if record is slowest or record is self.table.slowest():
                 for other in self.policy.hurry(self.table, record, now):
@@ -774,28 +777,35 @@ class Handlers:
             self._tell_end_if_agreed()
 
     def _look_for_late(self, now: float) -> None:
-        """Let a barrier go on without whoever others wait for, and who is far beyond its habit.
+        """Let the others go on without whoever they wait for, at a barrier or held, and who is far beyond its habit.
 
         Where the policy plans for the slowest, habits change all at once when somebody else is that. So there is more
         to it: they have waited, and it has not spoken of a step, for longer than the steps take that it still was to
         do, and than one takes of those who have arrived, as no other of theirs fitted into the round.
         """
-        if not self.config.deadline_s or not algorithm(self.config.mode).barrier:
+        if not self.config.deadline_s:
             return
         if self._paused():
             self._round_at = now  # it is not the members whom everybody waits for
             return
-        members, version = self._members(), self.history.version
-        arrived, rest = [], []
-        for record in members:
-            (arrived if record.arrived and record.round == version else rest).append(record)
-        if not arrived:
+        barrier, version = algorithm(self.config.mode).barrier, self.history.version
+        waiting, rest = [], []
+        if barrier:
+            for record in self._members():
+                (waiting if record.arrived and record.round == version else rest).append(record)
+        elif self._held:
+            waiting = [r for r in self.table.active() if r.worker in self._held]
+            behind = self.table.behind()
+            rest = [
+                r for r in self.table.active() if r.clock == behind and r.worker not in self._held
+            ]
+        if not waiting:
             return
         floor, ceiling = self.config.deadline_floor_s, self.config.deadline_s
-        waiting_since = min(r.finished[1] for r in arrived)
-        fitting_s = max(floor, *(r.step_s.value for r in arrived))
+        waiting_since = min(r.finished[1] for r in waiting)
+        fitting_s = max(floor, *(r.step_s.value for r in waiting))
         for record in rest:
-            began = max(self._round_at, record.active_at)  # if it came in the round's middle
+            began = max(self._round_at if barrier else record.since, record.active_at)
             if now - began <= deadline_s(record.arrivals, floor, ceiling):
                 continue
             to_do_s = (record.goal - record.step) * record.step_s.value if record.ready else 0.0
