@@ -207,6 +207,47 @@ def test_a_run_whose_workers_were_sent_into_the_background_goes_on(tmp_path: Pat
     assert summary["rounds"] > 3
 
 
+LATE = """
+with Worker() as worker:
+    params = worker.start({"w": np.zeros(5, np.float32)})
+    while not worker.stopped:
+        params = worker.step(params)
+time.sleep(4)
+open(sys.argv[1], "w").write("what the loop saves")
+sys.exit(int(sys.argv[2]))
+"""
+IMPATIENT = """
+from esync.run import launcher
+launcher.STOP_S = 0.5
+from esync.run.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_loops_of_people_s_own_may_take_their_time_after_the_run(code: int, tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(
+        "import sys, time\nimport numpy as np\nfrom esync import Worker\n" + LATE
+    )
+    late = f"{sys.executable} {tmp_path / 'late.py'} {tmp_path}"
+    cluster = _own_loops(tmp_path, f"{late}/first 0", f"{late}/second {code}")
+    options = ["--runs", str(tmp_path / "runs"), "--name", "it", "--rounds", "20"]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPATIENT, str(cluster), *options],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert "the run is over; waiting for first, second to end" in output
+    assert (done.returncode, "second died: exit status 3" in output) == (min(code, 1), code == 3)
+    for name in ("first", "second")[code == 3 :]:  # whose failure stops the other
+        assert (tmp_path / name).read_text() == "what the loop saves"
+
+
 def test_a_run_whose_workers_have_all_ended_does_too(tmp_path: Path) -> None:
     cluster = _own_loops(tmp_path, "", "")
     options = ["--runs", str(tmp_path / "runs"), "--name", "it"]

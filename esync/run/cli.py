@@ -247,7 +247,24 @@ class _Run:
                         launcher.terminate(self.roles[0])
             time.sleep(REFRESH_S)
         launcher.wait(self.roles, launcher.STOP_S)
+        self._await_loops()
         self._check()
+        for role in (r for r in self.roles if r.status is None):
+            self.console.print(f"{role.name} does not end, and is ended; see {role.log}")
+
+    def _await_loops(self) -> None:
+        """The run is over. What loops of people's own still have to do takes as long as it does."""
+        own = {row.name for row in self.cluster.each_worker() if row.command}
+        told = False
+        while running := [r.name for r in self.roles if r.name in own and r.status is None]:
+            self._check()
+            if not told:
+                told = True
+                self.console.print(
+                    f"the run is over; waiting for {', '.join(running)} to end. Ctrl-C does not wait",
+                    highlight=False,
+                )
+            time.sleep(REFRESH_S)
 
     def _check(self) -> None:
         """See whether a role died."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import os
 import secrets
 import time
@@ -46,10 +47,12 @@ LAST_MODEL_S = 2.5
 """How long of that an evaluator that evaluates the final model alone waits for it, before it takes an earlier one."""
 UNEVEN_S = 2.0
 """How long an evaluator tries to have the same version of all shards."""
+MOST_SAMPLES = 2**40
+"""Of a local step; what a step says is added up, and numbers in messages end at 2**53."""
 
 
 class Worker:
-    """Takes part in a run.
+    """Takes part in a run. Its methods are for one thread at a time, of the process that made it.
 
     Args:
         state: the state server's endpoint; everything else comes from there. Default: $ESYNC_STATE, else port
@@ -224,15 +227,16 @@ class Worker:
         """Register the model's layout."""
         if self._packer is not None:
             raise EsyncError("start was called twice; a worker starts once")
-        self._packer = Packer(params, stats, as_value)
-        initial = self._packer.pack(params, stats)
+        packer = Packer(params, stats, as_value)
+        with np.errstate(over="ignore"):  # is looked for
+            initial = packer.pack(params, stats)
+        _check_finite(initial, packer)
         # Once through everything that a round needs, so that it is compiled before the run starts.
-        self._packer.pack(*self._packer.unpack([initial]))
+        packer.pack(*packer.unpack([initial]))
         if self.config.overlap:
-            self._packer.merge([initial], params, stats, self._packer.snapshot(params, stats))
-        if not np.isfinite(initial).all():
-            raise ModelError("the initial model holds NaN or infinity")
-        layout = self.config.cut(self._packer.layout)
+            packer.merge([initial], params, stats, packer.snapshot(params, stats))
+        self._packer = packer
+        layout = self.config.cut(packer.layout)
         encoding = self.config.encoding
         model = Shards(layout, encoding, barrier=self._barrier())
         with self._changed:
@@ -275,14 +279,12 @@ class Worker:
         session = shared.session
         if session is None or self._packer is None:
             raise EsyncError("call start before step")
+        count = self.config.batch_size if samples is None else _count(samples)
         _wait_for(params)
         with self._changed:
             if session.final is None:  # what was still running when the run ended does not count
                 resumed = shared.resumed
-                session.finished(
-                    0.0 if resumed is None else time.perf_counter() - resumed,
-                    self.config.batch_size if samples is None else samples,
-                )
+                session.finished(0.0 if resumed is None else time.perf_counter() - resumed, count)
             shared.resumed = None
         try:
             action, own = self._decide(loss), stats
@@ -739,13 +741,39 @@ def _is_there(array: Any) -> bool:
         return False
 
 
+def _check_finite(initial: Vector | Array, packer: Packer) -> None:
+    """Raise ModelError if the initial model cannot be sent, with the name of a leaf."""
+    if np.isfinite(initial).all():
+        return
+    for _, leaf, at in packer.places():
+        if not np.isfinite(initial[at : at + leaf.size]).all():
+            raise ModelError(
+                f"the initial model holds NaN, infinity or a number beyond float32 in {leaf.path}"
+            )
+
+
 def _finite(loss: Any) -> float | None:
     """A loss as a number for a message; a diverged one is not one."""
+    if hasattr(loss, "detach"):
+        loss = loss.detach()  # PyTorch warns of a number made of what has a gradient
     try:
         value = None if loss is None else float(loss)
-    except TypeError as error:
-        raise ModelError(f"loss is one number, not shape={list(np.shape(loss))}") from error
+    except (TypeError, ValueError) as error:
+        shape = list(np.shape(loss))
+        what = f"shape={shape}" if shape else f"{loss!r:.80}"
+        raise ModelError(f"loss is one number, not {what}") from error
     return value if value is not None and math.isfinite(value) else None
+
+
+def _count(samples: Any) -> int:
+    """A number of samples, of whatever type numbers are."""
+    try:
+        count = operator.index(samples)
+    except TypeError:
+        count = -1
+    if not 0 <= count < MOST_SAMPLES:
+        raise ModelError(f"samples is a whole number from 0 on, not {samples!r:.80}")
+    return count
 
 
 def _device_name() -> str:

@@ -131,6 +131,7 @@ class Link(threading.Thread):
             log.exception("the worker's link failed")
             self._fail(EsyncError(f"the worker's input/output failed: {error}"))
         finally:
+            self._fail(EsyncError("this worker has left the run: it was closed"))
             self._control.close()
             for channel in self._channels:
                 channel.close()

@@ -95,7 +95,8 @@ class Packer:
         )
         self._leaf_of = [leaf for _, leaf in ordered]  # in the tree's order
         arrays = [array for _, _, array in leaves]
-        self._numpy = all(isinstance(array, (np.ndarray, np.generic)) for array in arrays)
+        # A number is what NumPy makes of it, unless it is among JAX's arrays.
+        self._numpy = all(isinstance(array, (np.ndarray, np.generic, float)) for array in arrays)
         self._device = None if self._numpy else _device_of(arrays)
         self._exact = all(leaf.dtype == "float32" for leaf in self.layout.leaves)
         in_host_memory = self._device is None or self._device.platform == "cpu"
