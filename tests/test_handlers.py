@@ -1376,3 +1376,44 @@ def test_who_watches_is_told_that_the_run_ends():
         server.now += 2.5
     told = {to: m.table["stopped"] for to, m in server.gets(StopRun("enough")) if type(m) is Status}
     assert told == {"there": "enough"}
+
+
+# Gone on with
+
+
+def restored(**config):
+    """A state server that goes on with a run of two workers after 5 seconds of it."""
+    before = running("a", "b", **config)
+    before.tick(5.0)
+    after = Server(workers=2, **config)
+    after.handlers.restore(before.handlers.saved())
+    return after
+
+
+def test_a_run_that_is_gone_on_with_waits_for_its_parameter_server_and_not_for_ever():
+    server = restored(ps_wait_s=60.0, duration_s=26.0)
+    join = Join("a", "worker", layout=LAYOUT.to_wire())
+    assert to("a", server.gets(join)) == [Status(waiting_for="the parameter server")]
+    for _ in range(118):
+        assert not server.gets(Report("a", 0, 0, "train")), "it waits, as it was told"
+        assert not server.gets(Query("a", 0, 3))
+        server.tick(0.5)
+    assert server.handlers.stopped is None
+    assert "a" in server.handlers._waiting, "it is heard of"
+    for _ in range(4):
+        sent = server.tick(0.5)
+        if server.handlers.stopped:
+            break
+    assert server.handlers.stopped == "the parameter server did not come back: waited 60 s"
+    assert [m.code for m in to("a", sent)] == ["run-over"]
+    assert server.finished == 1
+
+
+def test_a_parameter_server_that_comes_back_in_time_is_no_reason_to_end_a_run():
+    server = restored(ps_wait_s=60.0)
+    server.tick(30.0)
+    server.ps()
+    for _ in range(200):
+        server.gets(Report("ps", 0, 0, "serving"))
+        server.tick(0.5)
+    assert server.handlers.stopped is None

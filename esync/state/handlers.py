@@ -189,6 +189,7 @@ class Handlers:
         self._epoch = 0
         self._round_at = 0.0  # when the version that is trained from was published
         self._stopped_at = 0.0
+        self._restored_at = 0.0
         self._last: int | None = None  # the version after which none is made
         self._end_told: int | None = None  # to the workers: which version is the last
         self._last_waiting = ""
@@ -235,7 +236,8 @@ class Handlers:
         elapsed_s = saved["elapsed_s"]
         self.history.restore(saved["history"], elapsed_s or 0.0)
         if elapsed_s is not None:
-            self.started = self._clock() - float(elapsed_s)
+            self._restored_at = self._clock()
+            self.started = self._restored_at - float(elapsed_s)
             self._standstill_s = float(elapsed_s)
             self._say(
                 f"going on with the run at version {self.history.version}, after {elapsed_s:.0f} s of it"
@@ -492,6 +494,8 @@ class Handlers:
     # Training
 
     def on_query(self, peer: bytes, message: Query) -> None:
+        if self._waits(peer, message.worker):
+            return
         record = self._record(peer, message.worker)
         now = self._clock()
         if message.ahead > 1:
@@ -635,6 +639,8 @@ class Handlers:
                 self._send_members(server)
             if message.round > server.version:  # so was a reset
                 self._published(server, message.round, {}, now)
+            return
+        if self._waits(peer, message.worker):
             return
         record = self._record(peer, message.worker)
         record.heard = now
@@ -839,6 +845,11 @@ class Handlers:
                 f"up to {self.config.ps_wait_s:g} s"
             )
 
+    def _give_up_servers(self, now: float) -> None:
+        """A run that is to be gone on with waits for its parameter servers as one does that has lost them."""
+        if self.stopped is None and now - self._restored_at > self.config.ps_wait_s:
+            self.stop(f"{self.waiting_for()} did not come back: waited {self.config.ps_wait_s:g} s")
+
     def _remove(self, worker: str, reason: str) -> None:
         record = self.table.remove(worker)
         self._at_gate.pop(worker, None)
@@ -884,6 +895,9 @@ class Handlers:
             self._show(watcher, now)
         self._forget_waiting(now - event.late_s)
         self._round_at += event.late_s
+        self._restored_at += event.late_s
+        if self._standstill_s is not None and not self._served():
+            self._give_up_servers(now)
         if self.started is not None and self.stopped is None:
             if self._standstill_s is not None and self._at_gate and self._goes_on(now):
                 self._open_gate(now)
@@ -911,6 +925,14 @@ class Handlers:
             if record.role != "evaluator" or since_s > EVALUATION_S:
                 log.warning("%s never said goodbye", record.worker)
                 self._remove(record.worker, SPEECHLESS)
+
+    def _waits(self, peer: bytes, worker: str) -> bool:
+        """Whether it was a member before this state server was started again, and waits for the parameter servers."""
+        one = self._waiting.get(worker)
+        if one is None or one.peer != peer:
+            return False
+        one.heard = self._clock()
+        return True
 
     def _forget_waiting(self, now: float) -> None:
         """Who waits asks again every second; who does not has gone."""
