@@ -7,10 +7,13 @@ from statistics import fmean, pstdev
 
 import pytest
 
+from esync import config
 from esync.config import WorkerConfig
 from esync.emulation import StepTimes
 from esync.errors import EsyncError
-from tests.virtual import untrained
+from esync.report.logs import LogReader
+from esync.sim.cluster import virtual_cluster
+from tests.virtual import Untrained, untrained
 
 FAST, SLOW = {"name": "fast", "step_time_s": 0.1}, {"name": "slow", "step_time_s": 1.0}
 
@@ -160,3 +163,29 @@ def test_a_run_that_lacks_workers_says_so():
 def test_a_run_of_some_duration_ends_even_if_everybody_has_left():
     cluster, _ = cluster_of({**FAST, "leave_s": 5.0}, duration_s=200)
     assert cluster.run()["wall_s"] == pytest.approx(200, abs=0.3)
+
+
+# The end
+
+
+@pytest.mark.parametrize("latency_s", [0.0005, 0.001, 0.0011, 0.0013, 0.0017])
+def test_a_duration_is_kept_to_the_point(latency_s):
+    """Sums of a start and a duration are rounded, and a look at the clock comes each 0.2 s only."""
+    network = {"latency_s": latency_s}
+    cluster, _ = cluster_of({"name": "w", "step_time_s": 0.05}, network=network, duration_s=1.0)
+    assert cluster.run()["wall_s"] == 1.0
+
+
+def test_the_log_knows_what_the_end_of_a_run_cut_off(tmp_path):
+    """As a real one: `esync-report`'s timelines reach to the end."""
+    file = {
+        "run": {"mode": "fedavg", "local_steps": 5, "duration_s": 8.0},
+        "workers": [{**FAST, "count": 2}, SLOW],
+    }
+    virtual_cluster(config.cluster(file), Untrained(), log=tmp_path / "events.jsonl").run()
+    log = LogReader(tmp_path).read()
+    rests = {name: rest for name, [rest] in log.unfinished.items()}
+    assert rests.keys() == {"fast-0", "fast-1", "slow"}
+    assert all(rest.t == pytest.approx(8.0, abs=0.01) for rest in rests.values())
+    assert rests["slow"].compute_s == pytest.approx(3.0, abs=0.01)
+    assert rests["fast-0"].sync_s == pytest.approx(2.5, abs=0.01)

@@ -4,6 +4,7 @@ the place of sockets and clocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -168,9 +169,11 @@ class Cluster:
             self.handle(EVALUATOR, Report(EVALUATOR, 0, 0, "watching"))
         self._handlers[Tick](b"", Tick())
         now = self.events.now
-        ends = (self.state.started or 0.0) + self.config.duration_s  # to the point
-        wait_s = ends - now if now < ends < now + TICK_S else TICK_S
-        self.events.at(now + wait_s, self._tick, routine=True)
+        # To the point: the next number after the sum, which may be rounded down.
+        ends = math.nextafter((self.state.started or 0.0) + self.config.duration_s, math.inf)
+        self.events.at(
+            ends if now < ends < now + TICK_S else now + TICK_S, self._tick, routine=True
+        )
 
     # Between the roles
 

@@ -188,6 +188,7 @@ class Device:
         version, chunks = self.newest
         if session.round < 0:
             self._first = version  # until it trains on this one it waits for the run to start
+            self._journal.write("start", rank=self.rank, device="")
         session.begin(version)
         self._merged = version
         self._trainee.adopt(chunks)
