@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -149,3 +151,32 @@ def test_chunks_of_any_size_take_as_long():
         ends.append([row.at for row in rounds])
     assert len(ends[0]) == 3
     assert ends[0] == ends[1] == ends[2]
+
+
+def test_of_versions_that_come_while_a_model_is_being_sent_the_newest_follows():
+    """Rounds take 2 s, and `far` is one of four that are drawn one at a time: a model takes 8 s to it. When it is drawn
+    there are the rest of one and the newest one to wait for, and its update: 8 + 8 + 0.5 + 8 s at most."""
+    file = {
+        "run": {
+            "mode": "fedavg",
+            "participation": 0.25,
+            "local_steps": 5,
+            "duration_s": 400,
+            "workers": 4,
+        },
+        "network": {"latency_s": 0.01, "model_mb": 200},
+        "workers": [
+            {"name": "near", "step_time_s": 0.4, "count": 3},
+            {"name": "far", "step_time_s": 0.1, "bandwidth_mbit": 200},
+        ],
+    }
+    cluster, rounds = untrained(file)
+    cluster.run()
+    far = [
+        after.at - before.at
+        for before, after in pairwise(rounds)
+        if "far" in after.waits and "far" not in before.waits
+    ]
+    assert len(far) > 5
+    assert max(far) < 8 + 8 + 0.5 + 8 + 0.1
+    assert max(far) > 8 + 0.5 + 8

@@ -152,3 +152,12 @@ def test_a_slower_worker_that_joins_makes_nobody_late(options, tmp_path):
     members = [set(row["members"]) for row in rows if row.get("members") and row["t"] > 80]
     assert members
     assert all(len(names) == 5 for names in members)
+
+
+@pytest.mark.parametrize("fast_s", [0.05, 0.1, 0.125, 0.2, 0.25])
+def test_steps_that_fit_exactly_fit(fast_s):
+    cluster, rounds = cluster_of(
+        {"name": "fast", "step_time_s": fast_s}, {"name": "slow", "step_time_s": 1.0}, rounds=30
+    )
+    cluster.run()
+    assert {row.steps["fast"] for row in rounds[3:]} == {round(1.0 / fast_s)}

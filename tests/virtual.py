@@ -94,9 +94,13 @@ class Delays(Network):
         self.deliveries_s: dict[str, float] = {}
         self._later = events
 
-    def send(self, name: str, way: str, size: int, event: Event) -> None:
+    def send(
+        self, name: str, way: str, size: int, event: Event, through: Event | None = None
+    ) -> None:
         more_s = self.deliveries_s.get(name, 0.0) if way == "up" else 0.0
         self._later.at(self._later.now + self.latency_s(name) + more_s, event)
+        if through is not None:
+            through()
 
 
 @dataclass

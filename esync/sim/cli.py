@@ -158,6 +158,7 @@ def simulate(
         virtual.state.stop(str(error))
     learner.end_training()
     summary = virtual.finish()
+    summary["run"]["ps"] = cluster.run.ps  # there they are one
     learner.close()
     if directory is not None:
         text = json.dumps(summary, indent=1)

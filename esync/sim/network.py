@@ -116,8 +116,18 @@ class Network:
         worker = self._workers.get(name)
         return self._config.latency_s + (worker.latency_s if worker else 0.0)
 
-    def send(self, name: str, way: str, size: int, event: Event) -> None:
-        """Have `event` happen when `size` bytes that leave now are there; `way` is `up` (to the server) or `down`."""
+    def send(
+        self, name: str, way: str, size: int, event: Event, through: Event | None = None
+    ) -> None:
+        """Have `event` happen when `size` bytes that leave now are there; `way` is `up` (to the server) or `down`.
+        `through`: when the lines are free of them."""
         events, latency = self._events, self.latency_s(name)
         own = self._own[name, way].through(size, events.now) if (name, way) in self._own else 0.0
-        self._server[way].send(size, lambda: events.at(max(events.now, own) + latency, event))
+
+        def sent() -> None:
+            at = max(events.now, own)
+            events.at(at + latency, event)
+            if through is not None:
+                events.at(at, through)
+
+        self._server[way].send(size, sent)

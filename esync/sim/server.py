@@ -76,6 +76,9 @@ class Server:
         self._decoder = Decoder(config.encoding, layout)
         self._mode = algorithm(config.mode)
         self._subscribed: dict[str, Device] = {}
+        self._sending: dict[
+            str, bool
+        ] = {}  # who is being sent a model, and whether another follows
         self._turns = Turns()
         self._bytes_up = self._bytes_down = 0
         self._arrived: dict[str, float] = {}
@@ -218,6 +221,11 @@ class Server:
             self._events.at(self._events.now + TURN_S, self._look_at_turns)
 
     def _send_model(self, device: Device) -> None:
+        """Send the newest version, after the one that is under way: what comes in between is never sent."""
+        if device.name in self._sending:
+            self._sending[device.name] = True
+            return
+        self._sending[device.name] = False
         version, chunks = self.version, self.chunks
         self._aggregation.sent_to(device.name)
         moved = self._mode.barrier and device.newest[0] == version - 1
@@ -230,9 +238,8 @@ class Server:
                 after_s = self._network.latency_s(device.name)
                 self._events.at(self._events.now + after_s, lambda: self._has(device.name, version))
 
-        self._network.send(
-            device.name,
-            "down",
-            size,
-            arrives,
-        )
+        def through() -> None:
+            if self._sending.pop(device.name):
+                self._send_models([device.name])  # it may be another under its name by now
+
+        self._network.send(device.name, "down", size, arrives, through)

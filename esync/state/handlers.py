@@ -795,7 +795,8 @@ class Handlers:
             self._round_at = now  # it is not the members whom everybody waits for
             return
         barrier, version = algorithm(self.config.mode).barrier, self.history.version
-        waiting, rest = [], []
+        waiting: list[Record] = []
+        rest: list[Record] = []
         if barrier:
             for record in self._members():
                 (waiting if record.arrived and record.round == version else rest).append(record)

@@ -30,6 +30,8 @@ MOST_MIN_STEPS = 64
 """`min_steps = auto` goes no further."""
 MOST_STEPS = 1_000_000
 """More are never said to fit, however absurd the times that somebody reports."""
+ROUNDING = 1e-6
+"""Steps that fit but for this much do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +362,8 @@ class AdaptiveEsync(Policy):
         if epsilon is None:
             epsilon = slowest.step_s.jitter + record.step_s.jitter
         left = done + slowest.delivery_s.value - record.delivery_s.value - epsilon - now
-        return math.floor(max(0.0, min(left / record.step_s.value, MOST_STEPS)))
+        fit = left / record.step_s.value + ROUNDING  # five that fit exactly are not 4.999...
+        return math.floor(max(0.0, min(fit, MOST_STEPS)))
 
     def hurry(self, table: Table, record: Record, now: float) -> list[Record]:
         """Somebody came sooner than expected: whoever has no time for another step does not use up its lease."""
