@@ -88,7 +88,10 @@ class RunConfig:
     )
     lr: float = _option(0.05, "Local learning rate.", low=0)
     global_lr: float = _option(
-        1.0, "Global learning rate: the outer optimiser's step on the averaged delta.", low=0
+        -1.0,
+        "Global learning rate: the outer optimiser's step on the averaged delta (-1: 1, or 0.01 with outer adam).",
+        low=-1,
+        high=1e6,
     )
     outer: str = _option(
         "sgd",
@@ -293,6 +296,13 @@ class RunConfig:
     def steps_per_round(self) -> int:
         """Local steps a round for the modes whose number is fixed."""
         return self.local_steps or algorithm(self.mode).local_steps
+
+    @property
+    def outer_lr(self) -> float:
+        """The global learning rate. Adam moves each number by about that much, whatever the deltas are."""
+        if self.global_lr >= 0:
+            return self.global_lr
+        return 0.01 if self.outer == "adam" else 1.0
 
     @property
     def nonblocking(self) -> bool:

@@ -536,7 +536,7 @@ def test_outer_adam_s_state_stays_finite_where_a_square_overflows():
 
 
 def test_outer_adam_without_epsilon_leaves_alone_what_no_delta_moves():
-    server = Server.of(Mean, ["w0"], vector(9), outer="adam", outer_epsilon=0.0)
+    server = Server.of(Mean, ["w0"], vector(9), outer="adam", outer_epsilon=0.0, global_lr=1.0)
     update = vector(1)
     update[1] = 0.0
     for round in range(3):

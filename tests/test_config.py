@@ -403,3 +403,12 @@ def test_every_option_has_help_and_a_default_that_passes_its_own_check():
         for item in dataclasses.fields(cls):
             assert item.metadata["help"].endswith("."), item.name
             assert config.option_type(cls, item.name) in (int, float, str, bool)
+
+
+def test_the_global_learning_rate_is_one_by_itself_and_less_with_adam_outside():
+    assert RunConfig().outer_lr == 1.0
+    assert RunConfig(outer="adam").outer_lr == 0.01, "it moves each number by that much"
+    assert RunConfig(outer="adam", global_lr=1.0).outer_lr == 1.0
+    assert RunConfig(global_lr=0.0).outer_lr == 0.0
+    with pytest.raises(ConfigError, match="global_lr"):
+        RunConfig(global_lr=1e39)

@@ -712,7 +712,7 @@ class Immediate(OnArrival):
         if self.layout.chunks[update.chunk].kind != DELTA:
             share = 1.0 / max(1, len(self._members))
             return self.backend.blend(now, 1.0 - share, update.data, share)
-        scale = self.config.global_lr
+        scale = self.config.outer_lr
         if not self.config.dcasgd or progress.base is None:
             return self.backend.blend(now, 1.0, update.data, scale)
         drift = self.backend.blend(now, 1.0, progress.base[update.chunk], -1.0)

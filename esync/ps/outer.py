@@ -108,7 +108,7 @@ class Sgd(Outer):
         super().__init__(backend, config, chunks)
 
     def _step(self, value: Array, total: Array, scale: float, state: State) -> tuple[Array, State]:
-        new = self.backend.blend(value, 1.0, total, self.config.global_lr * scale, total)
+        new = self.backend.blend(value, 1.0, total, self.config.outer_lr * scale, total)
         return new, state
 
     def step_on(
@@ -120,7 +120,7 @@ class Sgd(Outer):
         scale: float,
         out: Array | None = None,
     ) -> Step:
-        lr = self.config.global_lr
+        lr = self.config.outer_lr
         return Step(self.backend.stepped(value, lr * scale, deltas, weights, out), {})
 
 
@@ -132,7 +132,7 @@ class Momentum(Outer):
 
     def _step(self, value: Array, total: Array, scale: float, state: State) -> tuple[Array, State]:
         m = self.backend.blend(state["m"], self.config.outer_momentum, total, scale)
-        return self.backend.blend(value, 1.0, m, self.config.global_lr), {"m": m}
+        return self.backend.blend(value, 1.0, m, self.config.outer_lr), {"m": m}
 
 
 class Nesterov(Outer):
@@ -143,7 +143,7 @@ class Nesterov(Outer):
         super().__init__(backend, config, chunks, m=0.0)
 
     def _step(self, value: Array, total: Array, scale: float, state: State) -> tuple[Array, State]:
-        lr, mu = self.config.global_lr, self.config.outer_momentum
+        lr, mu = self.config.outer_lr, self.config.outer_momentum
         m = self.backend.blend(state["m"], mu, total, scale)
         new = self.backend.blend(total, lr * scale, m, lr * mu)
         self.backend.add_scaled(new, value, 1.0)
@@ -166,7 +166,7 @@ class Adam(Outer):
         mean = self.backend.scaled(total, scale)
         m = self.backend.blend(state["m"], beta1, mean, 1.0 - beta1)
         v = self.backend.blend_square(state["v"], beta2, mean, 1.0 - beta2)
-        new = self.backend.adaptive(value, m, v, self.config.global_lr, self._tau)
+        new = self.backend.adaptive(value, m, v, self.config.outer_lr, self._tau)
         return new, {"m": m, "v": v}
 
 
