@@ -183,3 +183,26 @@ def test_an_update_in_shared_memory_is_not_taken_for_one_of_an_earlier_life(layo
         memory = channel._memory
         assert memory.chunk(0, 0).tolist() == [value, value]
         assert memory.stamps[0, 0] == 3
+
+
+def test_what_came_after_the_end_is_asked_for_when_another_server_has_made_one_version_more(
+    serve, layout
+):
+    """It learned a moment later that the run was over, and the workers send nothing again by themselves."""
+    server = serve(layout)
+    members = {"a": 0, "b": 1}
+    server.thread._set_members(Members(2, members, last=0))
+    for chunk in range(2):
+        server.push("a", 0, chunk, 1.0)
+    assert server.thread.counters["after-the-end"] == 2
+    server.sent()
+    server.thread._set_members(Members(3, members, last=1))
+    wants = [(worker, m.round, m.chunks) for worker, m, _ in server.sent() if isinstance(m, Want)]
+    assert wants == [("a", 0, [0, 1]), ("b", 0, [0, 1])]
+    for worker in members:
+        for chunk in range(2):
+            server.push(worker, 0, chunk, 1.0)
+    assert server.thread.version == 1
+    server.sent()
+    server.thread._set_members(Members(4, members, last=1))
+    assert not [m for _, m, _ in server.sent() if isinstance(m, Want)]

@@ -284,6 +284,7 @@ class TensorThread(threading.Thread):
             return
         self._epoch = message.epoch
         self._turns.first = frozenset(x for x in message.first if isinstance(x, str))
+        had_ended = self._is_last
         self._last = self._config.rounds or None if message.last is None else message.last
         if message.layout is not None:
             whole = self._config.cut(Layout.from_wire(message.layout))
@@ -299,7 +300,18 @@ class TensorThread(threading.Thread):
             self._emit(self.aggregation.set_members(message.workers))
             for worker in self._arrival.keys() - message.workers.keys() - self._subscribers.keys():
                 del self._arrival[worker]
+            if had_ended:
+                self._ask_for_refused()
         self._tell(Members(message.epoch, {}))
+
+    def _ask_for_refused(self) -> None:
+        """Another parameter server has made one more version: ask for the updates that came here when all was over."""
+        assert self.aggregation is not None
+        for worker in sorted(self._members):
+            wanted = self.aggregation.missing(worker, self.version)
+            if wanted and worker in self._subscribers:
+                self.wanted += len(wanted)
+                self._send_to(worker, Want(self.version, wanted, self.incarnation))
 
     @property
     def _is_last(self) -> bool:
