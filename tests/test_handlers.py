@@ -1417,3 +1417,15 @@ def test_a_parameter_server_that_comes_back_in_time_is_no_reason_to_end_a_run():
         server.gets(Report("ps", 0, 0, "serving"))
         server.tick(0.5)
     assert server.handlers.stopped is None
+
+
+def test_what_others_say_is_one_line_that_does_nothing_to_a_terminal():
+    server = Server(workers=1)
+    server.ps()
+    server.gets(Join("a", "worker", device="gpu\x1b[2J\n0", host="h\tx"))
+    assert server.said[-1] == "worker a joined (gpu [2J 0)"
+    assert server.table.records["a"].host == "h x"
+    server.gets(Report("a", -1, 0, "load\ring"))
+    assert server.table.records["a"].phase == "load ing"
+    server.gets(Leave("a", "ValueError: my own bug\nline two\n"))
+    assert server.said[-1] == "worker a left: ValueError: my own bug line two"

@@ -644,7 +644,7 @@ class Handlers:
             return
         record = self._record(peer, message.worker)
         record.heard = now
-        record.phase = message.phase[:MAX_WORD]
+        record.phase = _line(message.phase, MAX_WORD)
         if message.loss is not None:
             record.loss = message.loss
         if message.totals is not None:
@@ -764,7 +764,7 @@ class Handlers:
     # Leaving and ending
 
     def on_leave(self, peer: bytes, message: Leave) -> None:
-        worker, reason = message.worker, message.reason[:MAX_NAME]
+        worker, reason = message.worker, _line(message.reason, MAX_NAME)
         if self._server(peer, worker) is not None:
             self._server_gone(worker, reason or "no reason given")
         if _speaks_for(peer, self._waiting.get(worker)):
@@ -1204,12 +1204,17 @@ class Handlers:
 
 
 def _check_texts(message: Join) -> None:
-    """Cut what people read to a length, and refuse what cannot be cut."""
-    message.host, message.device = message.host[:MAX_NAME], message.device[:MAX_NAME]
+    """Make a line of what people read, and refuse what cannot be cut."""
+    message.host, message.device = _line(message.host, MAX_NAME), _line(message.device, MAX_NAME)
     if len(message.life) > MAX_WORD:
         raise MessageError(
             "bad-field", f"join.life: {len(message.life)} characters are more than {MAX_WORD}"
         )
+
+
+def _line(text: str, most: int) -> str:
+    """What others say, as one line that does nothing to a terminal."""
+    return "".join(x if x.isprintable() else " " for x in text[:most]).strip()
 
 
 def _speaks_for(peer: bytes, one: Record | Waiting | None) -> bool:
