@@ -164,7 +164,10 @@ class RunConfig:
         low=0,
     )
     max_staleness: int = _option(
-        3, "Mode ssp: rounds by which a worker may be ahead of the slowest.", low=0
+        3,
+        "Mode ssp: rounds that a worker may have finished more than the slowest when it begins one; its model may be "
+        "a round older.",
+        low=0,
     )
     participation: float = _option(
         1.0,

@@ -276,3 +276,23 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
     named = with_distinct_names(runs)
     assert [run.name for run in named] == ["x/a", "y/a", "y/b", "y/b (2)"]
     assert [run.summary["name"] for run in named] == [run.name for run in named]
+
+
+def test_a_run_that_had_stopped_when_it_was_cut_off_ends_with_that_and_with_its_last_rounds(
+    tmp_path,
+):
+    directory = write_run(tmp_path / "cut", finished=False)
+    rows = rows_of_a_run()
+    totals = {"steps": 11, "samples": 704, "compute_s": 3.0, "query_s": 0.0, "sync_s": 3.0}
+    rows += [
+        {"t": 1e9, "role": "fast", "event": "start", "device": "cpu"},
+        {"t": 1e9 + 4.5, "role": "state", "event": "stop", "reason": "enough", "round": 3},
+        {"t": 1e9 + 4.6, "role": "fast", "event": "end", "totals": totals},
+    ]
+    for path in directory.glob("*.jsonl"):
+        path.unlink()
+    write_rows(directory / "all.jsonl", sorted(rows, key=lambda row: row["t"]))
+    summary = load(directory).summary
+    assert summary["wall_s"] == pytest.approx(4.5)
+    fast = next(row for row in summary["workers"] if row["name"] == "fast")
+    assert (fast["steps"], fast["samples"]) == (11, 704)

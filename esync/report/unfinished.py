@@ -21,7 +21,8 @@ def summary_so_far(log: Log, config: dict[str, Any]) -> dict[str, Any]:
     Returns:
         the fields of `summary.json`; `bytes_up` and `bytes_down` are None if the log has no byte counts.
     """
-    wall_s = max(0.0, log.run_s(log.last)) if log.starts else 0.0
+    end = min([t for t in log.stops if t > log.zero], default=log.last)
+    wall_s = max(0.0, log.run_s(end)) if log.starts else 0.0
     workers = [_worker(log, name) for name in _names(log)]
     samples = sum(row["samples"] for row in workers)
     newest = {row.server: row for row in log.published}.values()
@@ -86,7 +87,7 @@ def _names(log: Log) -> list[str]:
 
 
 def _worker(log: Log, name: str) -> dict[str, Any]:
-    spent = totals(log.rounds.get(name, []))
+    spent = totals([*log.rounds.get(name, []), *log.unfinished.get(name, [])])
     ratio = compute_ratio(spent)
     return {"name": name, "device": log.devices.get(name, ""), **spent, "compute_ratio": ratio}
 
