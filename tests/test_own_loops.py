@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
+import threading
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -10,7 +14,10 @@ import pytest
 
 from esync.config import RunConfig
 from esync.errors import EsyncError, ModelError
+from esync.ps.checkpoint import Writer
+from esync.ps.server import TensorThread
 from esync.worker.client import Worker
+from esync.worker.link import Link
 from tests.cluster import Cluster, Thread
 
 START = {"w": np.arange(6, dtype=np.float32)}
@@ -116,3 +123,20 @@ def test_a_number_among_arrays_of_numpy_leaves_them_numpy_s(worker: Worker) -> N
     assert isinstance(params["scale"], np.ndarray)
     assert float(params["scale"]) == 2.5
     params["w"] += 1  # in place
+
+
+@pytest.mark.parametrize("thread", [Link, TensorThread, Writer])
+def test_a_thread_s_own_attributes_are_not_python_s(thread: type[threading.Thread]) -> None:
+    """Python 3.14 keeps a context in each thread: a worker that kept ZeroMQ's there did not start."""
+    names = {"_context", *vars(threading.Thread())}
+    source = ast.parse(textwrap.dedent(inspect.getsource(thread)))
+    own = {
+        node.attr
+        for node in ast.walk(source)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+    assert len(own) > 2
+    assert not own & names

@@ -107,7 +107,10 @@ class Link(threading.Thread):
         self.shared = Shared()
         self.inbox: Mailbox[Message | Push | Layout | Ask | None] = Mailbox()
         self._state, self._join, self._wait_s = state, join, wait_s
-        self._context, self._say = context, say
+        self._zmq, self._say = (
+            context,
+            say,
+        )  # (threads have a `_context` of their own from Python 3.14 on)
         self._keys = keys
         identity = messages.peer_of(join.worker, join.life)
         self._control = transport.dealer(context, identity, state, keys)
@@ -335,7 +338,7 @@ class Link(threading.Thread):
                     on_error=self._on_error,
                     on_want=self._on_want,
                     envelope=envelope,
-                    context=self._context,
+                    context=self._zmq,
                     poller=self._poller,
                 )
             )
