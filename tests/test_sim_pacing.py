@@ -161,3 +161,21 @@ def test_steps_that_fit_exactly_fit(fast_s):
     )
     cluster.run()
     assert {row.steps["fast"] for row in rounds[3:]} == {round(1.0 / fast_s)}
+
+
+def test_a_worker_on_a_slow_link_that_joins_makes_nobody_late(tmp_path):
+    """It has done its step long before its update is there, and until then the others train on."""
+    file = {
+        "run": {"workers": 2, "duration_s": 250},
+        "network": {"model_mb": 30.0},
+        "workers": [
+            {"name": "fast", "step_time_s": 0.22, "jitter": 0.2},
+            {"name": "slow", "step_time_s": 2.7},
+            {"name": "far", "step_time_s": 0.7, "bandwidth_mbit": 20.0, "join_s": 68},
+        ],
+    }
+    log = tmp_path / "events.jsonl"
+    virtual_cluster(config.cluster(file, {}), Untrained(), log=log).run()
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert not [row for row in rows if row["event"] == "late"]
+    assert any(len(row.get("members", ())) == 3 for row in rows)

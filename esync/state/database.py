@@ -63,6 +63,7 @@ class Record:
         active: expected at the barrier (it has the model and has asked for work).
         round, step: the round it is in, and its finished local steps (the paper's k).
         since: when it finished its last step, or pulled the model (the paper's te).
+        leave: how many steps of the round it was last told that it may do.
         ready: it was told to synchronise, after `goal` steps.
         arrived: it is synchronising: its update is on the way.
         finished: the last round whose steps it finished, and when.
@@ -93,6 +94,7 @@ class Record:
     round: int = -1
     step: int = 0
     since: float = 0.0
+    leave: int = 0
     ready: bool = False
     goal: int = 0
     arrived: bool = False
@@ -179,6 +181,7 @@ class Table:
                 record.sync_s.observe(now - record.finished[1])
             record.round, record.step = round, step
             record.ready = record.arrived = False
+            record.leave = 0
             record.since = now - max(0.0, running_s)
         elif step > record.step:
             record.step = step

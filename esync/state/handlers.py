@@ -49,6 +49,8 @@ from esync.tensors import Layout
 from esync.version import VERSION
 
 log = logging.getLogger("esync.state")
+LENIENCE = 1.5
+"""A worker may take so many times as long as is known for the steps that it was told to do."""
 TICK_S = 0.2
 """Seconds between two looks at the time."""
 LAST_VERSION_S = 3.0
@@ -525,6 +527,7 @@ class Handlers:
             record.since = now  # it begins only now
         record.phase = TRAIN
         action, lease, width = decision.action, decision.lease, decision.width
+        record.leave = message.step + lease
         self._send(peer, Response(message.round, message.step, action, lease, width))
 
     def _takes_part(self, record: Record, round: int) -> bool:
@@ -787,7 +790,7 @@ class Handlers:
 
         Where the policy plans for the slowest, habits change all at once when somebody else is that. So there is more
         to it: they have waited, and it has not spoken of a step, for longer than the steps take that it still was to
-        do, and than one takes of those who have arrived, as no other of theirs fitted into the round.
+        do, and than one of those who have arrived takes, with its delivery: no other of theirs fitted into the round.
         """
         if not self.config.deadline_s:
             return
@@ -810,12 +813,12 @@ class Handlers:
             return
         floor, ceiling = self.config.deadline_floor_s, self.config.deadline_s
         waiting_since = min(r.finished[1] for r in waiting)
-        fitting_s = max(floor, *(r.step_s.value for r in waiting))
+        fitting_s = max(floor, *(r.step_s.value + r.delivery_s.value for r in waiting))
         for record in rest:
             began = max(self._round_at if barrier else record.since, record.active_at)
             if now - began <= deadline_s(record.arrivals, floor, ceiling):
                 continue
-            to_do_s = (record.goal - record.step) * record.step_s.value if record.ready else 0.0
+            to_do_s = LENIENCE * max(1, record.leave - record.step) * record.step_s.value
             since = max(began, waiting_since, record.since)
             if now - since > min(ceiling, max(fitting_s, to_do_s)):
                 self._suspend(record, now - began, now)

@@ -4,7 +4,7 @@ Each chunk of a vector of normally distributed float32 is encoded and decoded, b
 parameter server do it. Compression pays on a link on which the bytes that it saves take longer than that: the table
 says up to which bandwidth.
 
-    python benchmarks/compression.py
+    python benchmarks/encodings.py
 """
 
 from __future__ import annotations
