@@ -1429,3 +1429,15 @@ def test_what_others_say_is_one_line_that_does_nothing_to_a_terminal():
     assert server.table.records["a"].phase == "load ing"
     server.gets(Leave("a", "ValueError: my own bug\nline two\n"))
     assert server.said[-1] == "worker a left: ValueError: my own bug line two"
+
+
+def test_a_member_that_asks_where_the_servers_are_is_still_heard():
+    server = Server(workers=2)
+    server.ps()
+    server.member("a")
+    server.gets(Leave("ps", "gone"))
+    server.gets(Join("a", "worker", layout=LAYOUT.to_wire()))
+    for _ in range(60):
+        server.gets(Report("a", -1, 0, "waiting"))
+        server.tick(0.5)
+    assert "a" in server.table.records

@@ -179,3 +179,18 @@ def test_a_worker_on_a_slow_link_that_joins_makes_nobody_late(tmp_path):
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert not [row for row in rows if row["event"] == "late"]
     assert any(len(row.get("members", ())) == 3 for row in rows)
+
+
+@pytest.mark.parametrize("staleness", [0, 3])
+def test_in_ssp_nobody_is_late_for_a_slow_link(staleness):
+    """A model of 50 MB takes 10 s each way; a worker's round is that, and not its step."""
+    cluster, _ = cluster_of(
+        {"name": "near", "step_time_s": 1.0},
+        {"name": "far", "step_time_s": 1.0, "bandwidth_mbit": 40.0},
+        network={"model_mb": 50.0},
+        mode="ssp",
+        max_staleness=staleness,
+        duration_s=600,
+    )
+    steps = {row["name"]: row["steps"] for row in cluster.run()["workers"]}
+    assert 20 < steps["far"] <= steps["near"] <= steps["far"] + staleness + 2

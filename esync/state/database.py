@@ -68,6 +68,7 @@ class Record:
         arrived: it is synchronising: its update is on the way.
         finished: the last round whose steps it finished, and when.
         active_at: since when.
+        freed: when it was last told to go on after it had been held.
         arrivals: how many seconds after the beginning of its last rounds it arrived.
         clock: how many rounds it finished.
         width: the share of each layer's units that it trains (1: the whole model).
@@ -91,6 +92,7 @@ class Record:
     suspected: float | None = None
     active: bool = False
     active_at: float = 0.0
+    freed: float = 0.0
     round: int = -1
     step: int = 0
     since: float = 0.0

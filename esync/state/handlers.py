@@ -49,6 +49,8 @@ from esync.tensors import Layout
 from esync.version import VERSION
 
 log = logging.getLogger("esync.state")
+LOADING_S = 60.0
+"""A parameter server that is started again has at least so long to come."""
 LENIENCE = 1.5
 """A worker may take so many times as long as is known for the steps that it was told to do."""
 TICK_S = 0.2
@@ -524,7 +526,7 @@ class Handlers:
             self._held[record.worker] = message
             return
         if self._held.pop(record.worker, None) is not None:
-            record.since = now  # it begins only now
+            record.since = record.freed = now  # it begins only now
         record.phase = TRAIN
         action, lease, width = decision.action, decision.lease, decision.width
         record.leave = message.step + lease
@@ -657,7 +659,7 @@ class Handlers:
         elif message.phase == SYNC and message.round >= record.round:
             slowest, behind = self.table.slowest(), self.table.behind() if self._held else 0
             barrier = algorithm(self.config.mode).barrier
-            began = self._round_at if barrier else max(record.since, record.active_at)
+            began = self._round_at if barrier else _began(record)
             self.table.progress(record, message.round, message.step, message.compute_s, now)
             record.arrived = True
             if record.finished[0] != message.round:  # heartbeats say `sync` too
@@ -815,7 +817,7 @@ class Handlers:
         waiting_since = min(r.finished[1] for r in waiting)
         fitting_s = max(floor, *(r.step_s.value + r.delivery_s.value for r in waiting))
         for record in rest:
-            began = max(self._round_at if barrier else record.since, record.active_at)
+            began = max(self._round_at, record.active_at) if barrier else _began(record)
             if now - began <= deadline_s(record.arrivals, floor, ceiling):
                 continue
             to_do_s = LENIENCE * max(1, record.leave - record.step) * record.step_s.value
@@ -851,8 +853,9 @@ class Handlers:
 
     def _give_up_servers(self, now: float) -> None:
         """A run that is to be gone on with waits for its parameter servers as one does that has lost them."""
-        if self.stopped is None and now - self._restored_at > self.config.ps_wait_s:
-            self.stop(f"{self.waiting_for()} did not come back: waited {self.config.ps_wait_s:g} s")
+        patience_s = max(self.config.ps_wait_s, LOADING_S)
+        if self.stopped is None and now - self._restored_at > patience_s:
+            self.stop(f"{self.waiting_for()} did not come back: waited {patience_s:g} s")
 
     def _remove(self, worker: str, reason: str) -> None:
         record = self.table.remove(worker)
@@ -936,7 +939,7 @@ class Handlers:
         if one is None or one.peer != peer:
             return False
         one.heard = self._clock()
-        return True
+        return worker not in self.table.records  # a member may ask where the servers are, too
 
     def _forget_waiting(self, now: float) -> None:
         """Who waits asks again every second; who does not has gone."""
@@ -1213,6 +1216,11 @@ def _check_texts(message: Join) -> None:
         raise MessageError(
             "bad-field", f"join.life: {len(message.life)} characters are more than {MAX_WORD}"
         )
+
+
+def _began(record: Record) -> float:
+    """When a round of its own began that nobody else's does, without a barrier: with its synchronisation."""
+    return max(record.finished[1], record.active_at, record.freed)
 
 
 def _line(text: str, most: int) -> str:
