@@ -253,11 +253,10 @@ class _Run:
             self.console.print(f"{role.name} does not end, and is ended; see {role.log}")
 
     def _await_loops(self) -> None:
-        """The run is over. What loops of people's own still have to do takes as long as it does."""
+        """The run is over. What loops of people's own still have to do takes as long as it does, also if one fails."""
         own = {row.name for row in self.cluster.each_worker() if row.command}
         told = False
         while running := [r.name for r in self.roles if r.name in own and r.status is None]:
-            self._check()
             if not told:
                 told = True
                 self.console.print(
