@@ -219,8 +219,8 @@ class RunConfig:
     )
     deadline_s: float = _option(
         300.0,
-        "The longest that a barrier waits for a worker which is connected and does not arrive; mostly much less: "
-        "its earlier arrivals tell (0: as long as it is connected).",
+        "The longest that the others wait for a worker which is connected, does not arrive and says nothing; mostly "
+        "much less: its earlier arrivals tell (0: as long as it is connected).",
         low=0,
     )
     deadline_floor_s: float = _option(5.0, "And the least that it waits.", low=0)
@@ -259,6 +259,8 @@ class RunConfig:
             raise ConfigError(
                 f"slowest_first is about whom a round waits for; mode {self.mode} has no rounds"
             )
+        if -1 < self.global_lr < 0:
+            raise ConfigError(f"global_lr: {self.global_lr:g} is below 0; -1 is the default")
         if self.min_steps != 1 and (self.mode != "esync" or self.policy != "adaptive"):
             raise ConfigError(
                 'min_steps needs mode = "esync" and policy = "adaptive", '
@@ -615,7 +617,16 @@ def cluster(raw: dict[str, Any], overrides: dict[str, Any] | None = None) -> Clu
     overrides = overrides or {}
     for given in (table, overrides):  # each with its preset before what it sets besides
         preset = given.get("preset") if given is overrides or "preset" not in overrides else None
-        run |= {**(PRESETS.get(preset, {}) if isinstance(preset, str) else {}), **given}
+        options = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        run |= {**options, **given}
+    chosen = {**table, **overrides}
+    preset = run.get("preset")
+    options = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    if (
+        chosen.get("outer", options.get("outer")) != options.get("outer")
+        and "global_lr" not in chosen
+    ):
+        run.pop("global_lr", None)  # it was the other optimiser's
     single = [name for name, entry in ALGORITHMS.items() if entry.single]
     if run.get("mode") in single:
         run["workers"] = 1

@@ -410,5 +410,22 @@ def test_the_global_learning_rate_is_one_by_itself_and_less_with_adam_outside():
     assert RunConfig(outer="adam").outer_lr == 0.01, "it moves each number by that much"
     assert RunConfig(outer="adam", global_lr=1.0).outer_lr == 1.0
     assert RunConfig(global_lr=0.0).outer_lr == 0.0
-    with pytest.raises(ConfigError, match="global_lr"):
-        RunConfig(global_lr=1e39)
+    for wrong in (1e39, -0.5, -2.0):
+        with pytest.raises(ConfigError, match="global_lr"):
+            RunConfig(global_lr=wrong)
+
+
+@pytest.mark.parametrize("preset", ["fast", "skewed"])
+def test_a_preset_s_global_learning_rate_is_its_own_optimiser_s(preset):
+    def rate(table, **overrides):
+        return config.cluster({"run": table, "workers": [{}]}, overrides).run.outer_lr
+
+    own = PRESETS[preset]["global_lr"]
+    assert rate({"preset": preset}) == rate({"preset": preset, "outer": "nesterov"}) == own
+    assert rate({"preset": preset, "outer": "adam"}) == 0.01
+    assert (
+        rate({"preset": preset}, outer="adam")
+        == rate({"outer": "adam"}, preset=preset, outer="adam")
+        == 0.01
+    )
+    assert rate({"preset": preset, "outer": "adam"}, global_lr=0.1) == 0.1

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from esync.messages import Join, Lost, Members, Query, Report, Reset, Response
 from esync.state.deadline import deadline_s
+from esync.state.handlers import Tick
 from tests.test_handlers import ENDPOINTS, running, to
 
 seconds = st.floats(0, 1e4)
@@ -120,7 +121,7 @@ def test_a_worker_that_has_become_slow_for_good_is_waited_for_again():
     assert version < 25
 
 
-def test_modes_without_a_barrier_have_no_deadline():
+def test_where_nobody_waits_for_others_there_is_no_deadline():
     server = running("a", "b", mode="async", deadline_s=10.0)
     arrives(server, "a")
     assert not members_of(wait(server, 30.0, "a", "b"))
@@ -286,3 +287,70 @@ def test_who_was_held_has_its_own_time():
     for worker, round in (("b", 12), ("c", 13)):
         assert alone(server, worker, round)
     assert server.table.records["a"].since == server.now, "its step begins when it is let go on"
+
+
+def test_everybody_who_was_drawn_may_be_stuck():
+    server = running("a", "b", mode="fedavg", participation=0.5, deadline_s=20.0)
+    [drawn] = server.handlers._drawn
+    [other] = {"a", "b"} - {drawn}
+    assert not members_of(wait(server, 19.0, "a", "b"))
+    wait(server, 3.0, "a", "b")
+    assert [r.worker for r in server.table.active()] == [other], "it waited, held"
+    assert server.handlers._drawn == {other}
+
+
+def test_who_is_drawn_in_the_middle_of_a_round_begins_then():
+    server = habitual(mode="fedavg", local_steps=3, deadline_s=20.0)
+    handlers = server.handlers
+    handlers._drawn = {"a"}
+    wait(server, 18.0, "a", "b", "c")
+    handlers._drawn = {"b", "c"}
+    server.table.remove("a")
+    handlers._drawn = {"a"}
+    handlers.policy.participants = lambda table, round: table.active()
+    handlers._members_changed()
+    assert handlers._drawn == {"b", "c"}
+    arrives(server, "b")
+    assert not members_of(wait(server, 7.0, "b", "c")), (
+        "it usually takes 4 s, and has begun 7 s ago"
+    )
+    assert members_of(wait(server, 2.0, "b", "c"))
+
+
+def test_a_state_server_that_stood_still_blames_nobody_in_ssp_either():
+    server = clocked()
+    assert alone(server, "a", 12)
+    assert alone(server, "b", 13)
+    assert not alone(server, "a", 15)
+    server.now += 60.0
+    server.gets(Tick(60.0))
+    assert server.table.records["c"].active
+
+
+@pytest.mark.parametrize("mode", ["sync", "ssp"])
+def test_nobody_is_late_while_the_parameter_server_is_gone(mode):
+    """Who has not got the model from it can do nothing."""
+    server = (habitual if mode == "sync" else clocked)(heartbeat_s=100.0)
+    if mode == "sync":
+        arrives(server, "a")
+    else:
+        assert alone(server, "a", 12)
+        assert not alone(server, "a", 15)
+    server.unreachable.add("ps")
+    for _ in range(60):
+        server.beat("a", "b", "c")
+        server.tick(0.5)
+    assert len(server.table.active()) == 3
+
+
+def test_rounds_in_which_something_stood_still_teach_no_habit():
+    server = running("a", "b", "c", mode="sync", min_workers=3)
+    server.handlers._remove("b", "gone")
+    arrives(server, "a")
+    assert not server.table.records["a"].arrivals
+    server.gets(Report("ps", 0, 0, "serving"))
+    server.tick(0.5)
+    server.member("d")
+    server.tick(1.0)
+    arrives(server, "c")
+    assert not server.table.records["c"].arrivals

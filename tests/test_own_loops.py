@@ -79,7 +79,6 @@ def test_a_loss_of_pytorch_is_taken_without_its_gradient(worker: Worker) -> None
     [
         lambda worker, params: worker.step(params),
         lambda worker, params: worker.exchange(np.zeros(6, np.float32)),
-        lambda worker, params: next(worker.watch(params)),
     ],
 )
 def test_a_worker_that_was_closed_says_so(cluster: Cluster, call: object) -> None:
@@ -89,7 +88,7 @@ def test_a_worker_that_was_closed_says_so(cluster: Cluster, call: object) -> Non
     worker.close()
     thread = Thread(lambda: call(worker, params), "call")  # type: ignore[operator]
     thread.start()
-    with pytest.raises(EsyncError, match=r"it was closed|start was called twice"):
+    with pytest.raises(EsyncError, match="it was closed"):
         thread.result(10)
 
 

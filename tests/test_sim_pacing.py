@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import pairwise
 from pathlib import Path
 
@@ -194,3 +195,37 @@ def test_in_ssp_nobody_is_late_for_a_slow_link(staleness):
     )
     steps = {row["name"]: row["steps"] for row in cluster.run()["workers"]}
     assert 20 < steps["far"] <= steps["near"] <= steps["far"] + staleness + 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "esync"},
+        {"mode": "esync", "overlap": True},
+        {"preset": "skewed"},
+        {"mode": "sync"},
+        {"mode": "fedavg", "local_steps": 5, "participation": 0.5},
+        {"mode": "ssp", "max_staleness": 0},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_no_healthy_worker_is_late_in_clusters_drawn_at_random(options, seed):
+    """Unequal steps, links and latencies, and workers that join in the middle."""
+    draw = random.Random(seed)
+    workers = [
+        {
+            "name": name,
+            "step_time_s": round(10 ** draw.uniform(-1, 0.8), 3),
+            "jitter": draw.choice([0, 0.1, 0.2]),
+            "bandwidth_mbit": draw.choice([0.0, 0.0, 20.0, 100.0]),
+            "join_s": draw.choice([0.0, 0.0, 0.0, 30.0, 100.0]) if name != "a" else 0.0,
+        }
+        for name in "abcd"
+    ]
+    network = {"model_mb": draw.choice([0.0, 10.0, 30.0]), "latency_s": draw.choice([0, 0.1])}
+    said = []
+    cluster, _ = cluster_of(*workers, network=network, duration_s=400, **options)
+    cluster.state._say = said.append
+    cluster.run()
+    assert not [text for text in said if "has not arrived" in text]

@@ -21,7 +21,8 @@ def summary_so_far(log: Log, config: dict[str, Any]) -> dict[str, Any]:
     Returns:
         the fields of `summary.json`; `bytes_up` and `bytes_down` are None if the log has no byte counts.
     """
-    end = min([t for t in log.stops if t > log.zero], default=log.last)
+    goes_on = max([log.zero, *(t for t, _ in log.resumes)])
+    end = min([t for t in log.stops if t > goes_on], default=log.last)
     wall_s = max(0.0, log.run_s(end)) if log.starts else 0.0
     workers = [_worker(log, name) for name in _names(log)]
     samples = sum(row["samples"] for row in workers)

@@ -192,6 +192,7 @@ class Handlers:
         self._ranks: dict[str, int] = {}
         self._epoch = 0
         self._round_at = 0.0  # when the version that is trained from was published
+        self._excused_at = 0.0  # until when members could not arrive, whatever they did
         self._stopped_at = 0.0
         self._restored_at = 0.0
         self._last: int | None = None  # the version after which none is made
@@ -632,7 +633,7 @@ class Handlers:
         if len(active) < self.config.workers and now - last < self.config.heartbeat_s:
             return False
         self._journal.write("goes_on", run_s=round(self._standstill_s, 4))
-        self.started, self._standstill_s, self._round_at = now - self._standstill_s, None, now
+        self.started, self._standstill_s, self._excused_at = now - self._standstill_s, None, now
         return True
 
     def on_report(self, peer: bytes, message: Report) -> None:
@@ -658,13 +659,16 @@ class Handlers:
             self._evaluated(message, message.accuracy, now)
         elif message.phase == SYNC and message.round >= record.round:
             slowest, behind = self.table.slowest(), self.table.behind() if self._held else 0
-            barrier = algorithm(self.config.mode).barrier
-            began = self._round_at if barrier else _began(record)
+            began = self._began(record)
             self.table.progress(record, message.round, message.step, message.compute_s, now)
             record.arrived = True
             if record.finished[0] != message.round:  # heartbeats say `sync` too
                 record.finished = (message.round, now)
-                if not barrier or message.round == self.history.version:
+                current = not algorithm(self.config.mode).barrier
+                current = current or message.round == self.history.version
+                if (
+                    current and began > self._excused_at and not self._paused()
+                ):  # else it is no habit
                     record.arrivals.append(now - began)
                 record.clock += 1
             if record is slowest or record is self.table.slowest():
@@ -719,7 +723,7 @@ class Handlers:
             return
         if server.back:
             server.back = False
-            self._round_at = now  # nobody could begin while it was away
+            self._excused_at = now  # nobody could begin while it was away
             if version <= self.history.version:  # else its first word is of the next version
                 self._roll_back(server, version)
         newer = version > self.history.version
@@ -796,8 +800,10 @@ class Handlers:
         """
         if not self.config.deadline_s:
             return
-        if self._paused():
-            self._round_at = now  # it is not the members whom everybody waits for
+        servers = self.servers.values()
+        silent = any(s.lost_at is not None or not self._reaches(s.peer) for s in servers)
+        if self._paused() or silent or not self._served():
+            self._excused_at = now  # it is not the members whom everybody waits for
             return
         barrier, version = algorithm(self.config.mode).barrier, self.history.version
         waiting: list[Record] = []
@@ -805,25 +811,32 @@ class Handlers:
         if barrier:
             for record in self._members():
                 (waiting if record.arrived and record.round == version else rest).append(record)
-        elif self._held:
-            waiting = [r for r in self.table.active() if r.worker in self._held]
+        else:
             behind = self.table.behind()
             rest = [
                 r for r in self.table.active() if r.clock == behind and r.worker not in self._held
             ]
+        waiting = waiting or [r for r in self.table.active() if r.worker in self._held]
         if not waiting:
             return
         floor, ceiling = self.config.deadline_floor_s, self.config.deadline_s
         waiting_since = min(r.finished[1] for r in waiting)
         fitting_s = max(floor, *(r.step_s.value + r.delivery_s.value for r in waiting))
         for record in rest:
-            began = max(self._round_at, record.active_at) if barrier else _began(record)
+            began = max(self._began(record), self._excused_at)
             if now - began <= deadline_s(record.arrivals, floor, ceiling):
                 continue
             to_do_s = LENIENCE * max(1, record.leave - record.step) * record.step_s.value
             since = max(began, waiting_since, record.since)
             if now - since > min(ceiling, max(fitting_s, to_do_s)):
                 self._suspend(record, now - began, now)
+
+    def _began(self, record: Record) -> float:
+        """When a worker's round began: everybody's, or, if it came in its middle, its own. Without a barrier that is
+        when its last one ended, since synchronising is part of it, or when it was let go on."""
+        if algorithm(self.config.mode).barrier:
+            return max(self._round_at, record.active_at)
+        return max(record.finished[1], record.active_at, record.freed)
 
     def _suspend(self, record: Record, waited: float, now: float) -> None:
         """Go on without a worker until it asks again."""
@@ -901,7 +914,8 @@ class Handlers:
         for watcher in impatient:
             self._show(watcher, now)
         self._forget_waiting(now - event.late_s)
-        self._round_at += event.late_s
+        if event.late_s:
+            self._excused_at = now
         self._restored_at += event.late_s
         if self._standstill_s is not None and not self._served():
             self._give_up_servers(now)
@@ -1100,6 +1114,7 @@ class Handlers:
     def _members_changed(self) -> None:
         """Somebody came or left; a round that nobody takes part in any more is drawn again."""
         if self._drawn is not None and not self._members():
+            self._excused_at = self._clock()  # they begin now
             self._draw()
         else:
             self._announce_members()
@@ -1216,11 +1231,6 @@ def _check_texts(message: Join) -> None:
         raise MessageError(
             "bad-field", f"join.life: {len(message.life)} characters are more than {MAX_WORD}"
         )
-
-
-def _began(record: Record) -> float:
-    """When a round of its own began that nobody else's does, without a barrier: with its synchronisation."""
-    return max(record.finished[1], record.active_at, record.freed)
 
 
 def _line(text: str, most: int) -> str:

@@ -107,10 +107,8 @@ class Link(threading.Thread):
         self.shared = Shared()
         self.inbox: Mailbox[Message | Push | Layout | Ask | None] = Mailbox()
         self._state, self._join, self._wait_s = state, join, wait_s
-        self._zmq, self._say = (
-            context,
-            say,
-        )  # (threads have a `_context` of their own from Python 3.14 on)
+        self._zmq = context  # (from Python 3.14 on threads have a `_context` of their own)
+        self._say = say
         self._keys = keys
         identity = messages.peer_of(join.worker, join.life)
         self._control = transport.dealer(context, identity, state, keys)
