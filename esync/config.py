@@ -11,7 +11,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,8 @@ from esync.transport import DEFAULT_STATE
 C = TypeVar("C")
 ROLES = ("state", "ps", "evaluator")
 """Names that are not a worker's."""
+GPU_CHUNK_MIB = 32
+"""MiB of a chunk where all is on one GPU: each costs the host as much time, and the device little (docs/gpu.md)."""
 OWN = "own"
 """The model of a run whose workers bring a training loop of their own."""
 
@@ -150,8 +152,8 @@ class RunConfig:
     )
     chunk_mib: int = _option(
         0,
-        "MiB of a chunk, in which models and updates travel and are averaged: 32 where all is on one GPU "
-        "(docs/gpu.md); over sockets more costs memory. auto: 4 if the run starts with up to 4 workers, else 2.",
+        "MiB of a chunk, in which models and updates travel and are averaged; over sockets more costs memory. "
+        "auto: 4 if the run starts with up to 4 workers, else 2; 32 where the cluster file has all on one GPU.",
         low=0,
         high=64,
         words={"auto": 0},
@@ -326,6 +328,11 @@ class RunConfig:
         """MiB of a chunk, at most. The parameter server's memory grows by two chunks for each worker; the fewer they
         are, the larger their chunks may be. How many there will be is known from `workers` alone."""
         return self.chunk_mib or (2 * CHUNK_MIB if self.workers <= 4 else CHUNK_MIB)
+
+    @property
+    def through_devices(self) -> bool:
+        """Whether whoever can exchanges through memory of a GPU."""
+        return self.shared_memory and self.compression == "none" and algorithm(self.mode).barrier
 
     def cut(self, layout: Layout) -> Layout:
         """A model's layout for this run's parameter servers and in its chunks.
@@ -631,13 +638,23 @@ def cluster(raw: dict[str, Any], overrides: dict[str, Any] | None = None) -> Clu
     if run.get("mode") in single:
         run["workers"] = 1
     run.setdefault("workers", sum(group.count for group in workers if not group.join_s))
+    checked, ps = build(RunConfig, run, "run"), build(PsConfig, raw.get("ps", {}), "ps")
+    if not checked.chunk_mib and checked.through_devices and _on_one_gpu(ps, workers):
+        checked = dataclasses.replace(checked, chunk_mib=GPU_CHUNK_MIB)
     return ClusterConfig(
-        run=build(RunConfig, run, "run"),
+        run=checked,
         state=build(StateConfig, raw.get("state", {}), "state"),
-        ps=build(PsConfig, raw.get("ps", {}), "ps"),
+        ps=ps,
         workers=workers,
         network=build(NetworkConfig, raw.get("network", {}), "network"),
     )
+
+
+def _on_one_gpu(ps: PsConfig, workers: Sequence[WorkerConfig]) -> bool:
+    """Whether all of a cluster trains and averages on the same device of one machine."""
+    kind, _, index = ps.device.partition(":")
+    same = {f"gpu:{index or 0}", *([] if index.strip("0") else ["gpu"])}
+    return kind == "cuda" and all(each.device in same and not each.host for each in workers)
 
 
 def option_type(cls: type, name: str) -> type:

@@ -215,6 +215,32 @@ def test_where_the_number_of_steps_is_fixed_the_run_may_say_it():
     assert RunConfig(mode="sync", local_steps=7).steps_per_round == 7
 
 
+GPU, SERVER = {"device": "gpu"}, {"device": "cuda"}
+
+
+@pytest.mark.parametrize(
+    ("ps", "workers", "run", "mib"),
+    [
+        (SERVER, [GPU | {"count": 8}], {}, 32),
+        ({"device": "cuda:0"}, [GPU, {"name": "b", "device": "gpu:0"}], {}, 32),
+        ({"device": "cuda:1"}, [{"device": "gpu:1"}], {}, 32),
+        (SERVER, [GPU], {"chunk_mib": "auto"}, 32),
+        (SERVER, [GPU], {"chunk_mib": 8}, 8),
+        (SERVER, [GPU, {"name": "b"}], {}, 4),
+        (SERVER, [GPU | {"host": "other"}], {}, 4),
+        (SERVER, [{"device": "gpu:1"}], {}, 4),
+        ({"device": "cuda:1"}, [GPU], {}, 4),
+        ({}, [GPU | {"count": 8}], {}, 2),
+        (SERVER, [GPU], {"shared_memory": False}, 4),
+        (SERVER, [GPU], {"compression": "int8"}, 4),
+        (SERVER, [GPU], {"mode": "async"}, 4),
+    ],
+    ids=str,
+)
+def test_chunks_are_largest_where_all_is_on_one_gpu(ps, workers, run, mib):
+    assert config.cluster({"run": run, "ps": ps, "workers": workers}).run.mib_per_chunk == mib
+
+
 def test_workers_ask_and_wait_only_where_the_paper_s_policy_is_used():
     assert not RunConfig(mode="esync", policy="paper").nonblocking
     assert RunConfig(mode="esync", policy="adaptive").nonblocking

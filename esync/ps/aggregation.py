@@ -155,8 +155,7 @@ class Aggregation(ABC):
 
     def receive_all(self, updates: Sequence[Contribution]) -> list[Event]:
         """`receive` of one after the other. What becomes final may be looked at together, after the last of them: no
-        update may follow from what becomes final by one before it. One that would have come late by then, of a worker
-        that is not expected, may be counted."""
+        update may follow from what becomes final by one before it."""
         return [event for update in updates for event in self.receive(update)]
 
     def _beyond(self, update: Contribution) -> Refused | None:
@@ -364,6 +363,7 @@ class Mean(Aggregation):
         self._added: list[set[str]] = [set() for _ in self.chunks]  # of whom it is in the sum
         self._next: list[Array] = [None] * len(self.chunks)
         self._encoded: list[Encoded | None] = [None] * len(self.chunks)
+        self._steps_made: dict[int, Step] = {}  # of chunks that are not looked at yet
         self._doubted: set[int] = set()
         self._excused: set[str] = set()  # who is not waited for in this round
         self._lengths.clear()
@@ -376,13 +376,18 @@ class Mean(Aggregation):
             return super().receive_all(updates)
         events: list[Event] = []
         for update in updates:
-            events += self.receive(update) if update.round < 0 else self._counted(update)
-        return events + self._finish(sorted({update.chunk for update in updates}))
+            if update.round < 0:
+                events += self.receive(update)
+            else:  # a GPU adds up while the next ones are counted here
+                events += self._counted(update) or self._step_on([update.chunk])
+        return events + self._settle_all()
 
     def _counted(self, update: Contribution) -> list[Event]:
         """Take a chunk, but make nothing final; returns what follows if it is refused."""
-        if update.round != self.version or self._next[update.chunk] is not None:
+        if update.round != self.version:
             return [Refused("early" if update.round > self.version else "late")]
+        if self._next[update.chunk] is not None or update.chunk in self._steps_made:
+            return [Refused("late")]
         if update.worker in self._arrived[update.chunk]:
             return [Refused("double")]
         if update.chunk in self._doubted and not self.backend.is_finite(update.data):
@@ -468,21 +473,35 @@ class Mean(Aggregation):
 
     def _finish(self, candidates: Collection[int]) -> list[Event]:
         """Make final whichever of the chunks nobody is awaited for any more."""
+        return self._step_on(candidates) + self._settle_all()
+
+    def _step_on(self, candidates: Collection[int]) -> list[Event]:
+        """Make the step of whichever of the chunks nobody is awaited for any more. As many as are looked at together
+        become final; the others when `_settle_all` is called."""
         events: list[Event] = []
         awaited = self._expected.keys() - self._excused if self._excused else self._expected.keys()
-        ready = [
-            chunk
-            for chunk in candidates
-            if self._next[chunk] is None
-            and self._arrived[chunk]
-            and self._arrived[chunk] >= awaited
-        ]
-        for first in range(0, len(ready), self._together):
-            some = ready[first : first + self._together]
-            steps = [self._step(chunk) for chunk in some]
-            for chunk, step, finite in zip(some, steps, self._are_finite(steps), strict=True):
-                events += self._settle(chunk, step if finite else None)
-        if events and all(x is not None for x in self._next):
+        for chunk in candidates:
+            if (
+                self._next[chunk] is None
+                and self._arrived[chunk]
+                and self._arrived[chunk] >= awaited
+                and chunk not in self._steps_made
+            ):
+                self._steps_made[chunk] = self._step(chunk)
+                if len(self._steps_made) == self._together:
+                    events += self._settle_all()
+        return events
+
+    def _settle_all(self) -> list[Event]:
+        """Look at the steps that were made, and make them final; the last of a round completes it."""
+        if not self._steps_made:
+            return []
+        events: list[Event] = []
+        made, self._steps_made = self._steps_made, {}
+        finite = self._are_finite(list(made.values()))
+        for (chunk, step), is_finite in zip(made.items(), finite, strict=True):
+            events += self._settle(chunk, step if is_finite else None)
+        if all(x is not None for x in self._next):
             members = frozenset[str]().union(*self._arrived)
             before = self.averaged()
             self.chunks, self.version = self._next, self.version + 1
