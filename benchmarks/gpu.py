@@ -216,14 +216,14 @@ def one_shared_round(mean: Mean, updates: list[list[Array]]) -> None:
     Raises:
         RuntimeError: it was not a whole round.
     """
-    version = mean.version
-    words = [
-        Contribution(f"w{rank}", version, i, update[i], lasts=True)
-        for i in range(len(mean.layout.chunks))
-        for rank, update in enumerate(updates)
-    ]
-    for first in range(0, len(words), RECV_BURST):
-        mean.receive_all(words[first : first + RECV_BURST])
+    version, taken = mean.version, 0
+    for i in range(len(mean.layout.chunks)):
+        for rank, update in enumerate(updates):
+            mean.take(Contribution(f"w{rank}", version, i, update[i], lasts=True))
+            taken += 1
+            if taken % RECV_BURST == 0:
+                mean.settle()
+    mean.settle()
     if mean.version != version + 1:
         raise RuntimeError(f"a round went from version {version} to {mean.version}")
 

@@ -904,7 +904,7 @@ def test_what_comes_together_counts_as_if_it_came_one_after_the_other(
 
     whole = vector(seed)
     for mean in (one, all_at_once):
-        mean.receive_all([chunk("a", INITIAL, i, whole) for i in range(CHUNKS)])
+        together(mean, [chunk("a", INITIAL, i, whole) for i in range(CHUNKS)])
         mean.set_members(ranks)
     for _ in range(3):
         round, updates = one.version, []
@@ -922,15 +922,19 @@ def test_what_comes_together_counts_as_if_it_came_one_after_the_other(
                 some = left[: random.integers(1, 12)]
                 del left[: len(some)]
                 apart = [event for update in some for event in one.receive(update)]
-                together = all_at_once.receive_all(some)
+                at_once = together(all_at_once, some)
                 assert one.version == all_at_once.version
-                assert described(apart, clip) == described(together, clip)
+                assert described(apart, clip) == described(at_once, clip)
         if one.version == round:
             assert clip, "with it, nobody's may be left"
             break
         np.testing.assert_array_equal(
             np.concatenate(one.chunks), np.concatenate(all_at_once.chunks)
         )
+
+
+def together(mean, updates):
+    return [event for update in updates for event in mean.take(update)] + mean.settle()
 
 
 def described(events, clip):
@@ -950,7 +954,7 @@ def described(events, clip):
 def test_what_comes_together_is_looked_at_together():
     backend = Several()
     mean = Mean(layout(), backend, RunConfig(outer="momentum"))
-    mean.receive_all([Contribution("a", INITIAL, i, x) for i, x in enumerate(cut(vector(0)))])
+    together(mean, [Contribution("a", INITIAL, i, x) for i, x in enumerate(cut(vector(0)))])
     mean.set_members({"a": 0, "b": 1})
     backend.looks.clear()
     updates = [
@@ -958,7 +962,7 @@ def test_what_comes_together_is_looked_at_together():
         for worker in "ab"
         for i, x in enumerate(cut(vector(ord(worker))))
     ]
-    events = mean.receive_all(updates)
+    events = together(mean, updates)
     assert len(completed(events)) == 1
     # Chunks of deltas, three in number, come with a momentum each.
     assert backend.looks == [6, 2]

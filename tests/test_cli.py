@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from esync import cli, transport
+from esync import cli, config, transport
 from esync.config import RunConfig, task
 from esync.errors import ConfigError
 from esync.keys import cli as keys_cli
 from esync.report import cli as report_cli
 from esync.run import cli as run_cli
+from esync.run import launcher
 from esync.run_dir import results_directory
 from esync.sim import cli as sim_cli
 from esync.status import cli as status_cli
@@ -177,3 +178,24 @@ def test_what_is_trained_is_said_in_words() -> None:
     run = RunConfig(model="cnn", dataset="digits")
     assert task(run.model, run.dataset) == "cnn on digits"
     assert task("own", "digits") == "own loop"
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "variable"),
+    [
+        ([{}], "cpu", "JAX_PLATFORMS"),
+        (
+            [{"count": 3}, {"name": "b", "device": "gpu:1"}],
+            "gpu:1",
+            "XLA_PYTHON_CLIENT_PREALLOCATE",
+        ),
+        ([{"host": "other", "device": "gpu"}], "cpu", "JAX_PLATFORMS"),
+    ],
+    ids=str,
+)
+def test_what_a_gpu_trains_is_evaluated_on_it(tmp_path, workers, device, variable):
+    roles = launcher.roles_of(config.cluster({"workers": workers}), tmp_path, "tcp://127.0.0.1:1")
+    evaluator = roles[-1]
+    assert evaluator.name == "evaluator"
+    assert evaluator.command[evaluator.command.index("--device") + 1] == device
+    assert variable in evaluator.env

@@ -463,28 +463,35 @@ def test_a_chunk_that_is_being_added_up_is_stamped_so_before(machine, chunks, mo
 
 @pytest.mark.parametrize("options", [{}, {"outer": "adam"}, {"weights": "samples"}])
 def test_chunks_that_come_together_are_looked_at_together(machine, chunks, monkeypatch, options):
-    updates, receive_all, together = TensorThread._updates, Mean.receive_all, []
+    updates, take, settle, seen = TensorThread._updates, Mean.take, Mean.settle, []
 
     def late(thread):
         time.sleep(0.01)  # so that several words are there
         updates(thread)
 
-    def counted(mean, gathered):
-        looks = machine.of_servers.schedule.brought_back.count(4 * LOOKS)
-        events = receive_all(mean, gathered)
-        final = sum(isinstance(event, Published) for event in events)
-        looks = machine.of_servers.schedule.brought_back.count(4 * LOOKS) - looks
-        together.append((final, looks))
-        return events
+    def counted(call):
+        def called(mean, *update):
+            looks = machine.of_servers.schedule.brought_back.count(4 * LOOKS)
+            events = call(mean, *update)
+            final = sum(isinstance(event, Published) for event in events)
+            looks = machine.of_servers.schedule.brought_back.count(4 * LOOKS) - looks
+            seen.append((call, mean.version, final, looks))
+            return events
+
+        return called
 
     monkeypatch.setattr(TensorThread, "_updates", late)
-    monkeypatch.setattr(Mean, "receive_all", counted)
+    monkeypatch.setattr(Mean, "take", counted(take))
+    monkeypatch.setattr(Mean, "settle", counted(settle))
     through, used, _ = run_of(mode="sync", rounds=20, **options)
     assert used == DEVICE
     vectors = 3 if options.get("outer") == "adam" else 1
-    assert max(final for final, _ in together) > 1
-    for final, looks in together:
-        assert looks == -(-final * vectors // LOOKS)
+    assert max(final for call, _, final, _ in seen if call is settle) > 1
+    for call, version, final, looks in seen:
+        if (
+            version > 0 or call is settle
+        ):  # else it is the initial model, each of whose chunks is looked at
+            assert looks == -(-final * vectors // LOOKS)
     over, _, _ = run_of(mode="sync", rounds=20, shared_memory=False, **options)
     for a, b in zip(through, over, strict=True):
         np.testing.assert_array_equal(a, b)

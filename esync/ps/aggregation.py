@@ -10,7 +10,7 @@ and a chunk can be added up when it arrives and published when its last contribu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from esync.compression import Compressor, Decoder, Payload
@@ -147,16 +147,20 @@ class Aggregation(ABC):
 
         Each (worker, round, chunk) counts once; what comes twice or too late is `Refused`.
         """
+        return self.take(update) + self.settle()
+
+    def take(self, update: Contribution) -> list[Event]:
+        """`receive`, but what becomes final may be looked at later, together with what others make final: when `settle`
+        is called, which must be soon. A GPU adds up meanwhile."""
         if self.version < 0:
             return self._receive_initial(update)
         if update.round < 0:
             return [Refused("late")]  # a second copy of the initial model is not an update
-        return self._receive(update)
+        return self._take(update)
 
-    def receive_all(self, updates: Sequence[Contribution]) -> list[Event]:
-        """`receive` of one after the other. What becomes final may be looked at together, after the last of them: no
-        update may follow from what becomes final by one before it."""
-        return [event for update in updates for event in self.receive(update)]
+    def settle(self) -> list[Event]:
+        """What follows from all that was taken."""
+        return []
 
     def _beyond(self, update: Contribution) -> Refused | None:
         """With `clip_update`: why a chunk, which would be counted now, is refused. None: it may be.
@@ -207,8 +211,8 @@ class Aggregation(ABC):
         return [*events, Completed(0, frozenset())]
 
     @abstractmethod
-    def _receive(self, update: Contribution) -> list[Event]:
-        """`receive`, once there is a model."""
+    def _take(self, update: Contribution) -> list[Event]:
+        """`take`, once there is a model."""
 
     def set_members(self, ranks: Mapping[str, int]) -> list[Event]:
         """Say who is expected at the barrier; may complete a round."""
@@ -368,42 +372,29 @@ class Mean(Aggregation):
         self._excused: set[str] = set()  # who is not waited for in this round
         self._lengths.clear()
 
-    def _receive(self, update: Contribution) -> list[Event]:
-        return self._counted(update) or self._finish([update.chunk])
-
-    def receive_all(self, updates: Sequence[Contribution]) -> list[Event]:
-        if self.version < 0:
-            return super().receive_all(updates)
-        events: list[Event] = []
-        for update in updates:
-            if update.round < 0:
-                events += self.receive(update)
-            else:  # a GPU adds up while the next ones are counted here
-                events += self._counted(update) or self._step_on([update.chunk])
-        return events + self._settle_all()
-
-    def _counted(self, update: Contribution) -> list[Event]:
-        """Take a chunk, but make nothing final; returns what follows if it is refused."""
+    def _take(self, update: Contribution) -> list[Event]:
         if update.round != self.version:
             return [Refused("early" if update.round > self.version else "late")]
-        if self._next[update.chunk] is not None or update.chunk in self._steps_made:
+        chunk, arrived = update.chunk, self._arrived[update.chunk]
+        if self._next[chunk] is not None or chunk in self._steps_made:
             return [Refused("late")]
-        if update.worker in self._arrived[update.chunk]:
+        if update.worker in arrived:
             return [Refused("double")]
-        if update.chunk in self._doubted and not self.backend.is_finite(update.data):
+        if chunk in self._doubted and not self.backend.is_finite(update.data):
             return [Refused(NOT_FINITE, update.worker)]
         if self.config.clip_update and (refused := self._beyond(update)):
             if update.worker in self._excused:
                 return [refused]
             self._excused.add(update.worker)
             return [refused, *self._finish(range(len(self.chunks)))]
-        self._arrived[update.chunk].add(update.worker)
+        arrived.add(update.worker)
         if self._ordered:
-            self._kept[update.chunk][update.worker] = update
-            self._add_in_order(update.chunk)
+            self._kept[chunk][update.worker] = update
+            self._add_in_order(chunk)
         else:
             self._add(update)
-        return []
+        fewest = len(self._expected) - len(self._excused)  # that a step waits for
+        return self._step_on([chunk]) if len(arrived) >= fewest else []
 
     def _add_in_order(self, chunk: int) -> None:
         """Add what does not have to wait for a lower rank's."""
@@ -473,11 +464,11 @@ class Mean(Aggregation):
 
     def _finish(self, candidates: Collection[int]) -> list[Event]:
         """Make final whichever of the chunks nobody is awaited for any more."""
-        return self._step_on(candidates) + self._settle_all()
+        return self._step_on(candidates) + self.settle()
 
     def _step_on(self, candidates: Collection[int]) -> list[Event]:
         """Make the step of whichever of the chunks nobody is awaited for any more. As many as are looked at together
-        become final; the others when `_settle_all` is called."""
+        become final; the others when `settle` is called."""
         events: list[Event] = []
         awaited = self._expected.keys() - self._excused if self._excused else self._expected.keys()
         for chunk in candidates:
@@ -489,10 +480,10 @@ class Mean(Aggregation):
             ):
                 self._steps_made[chunk] = self._step(chunk)
                 if len(self._steps_made) == self._together:
-                    events += self._settle_all()
+                    events += self.settle()
         return events
 
-    def _settle_all(self) -> list[Event]:
+    def settle(self) -> list[Event]:
         """Look at the steps that were made, and make them final; the last of a round completes it."""
         if not self._steps_made:
             return []
@@ -500,7 +491,7 @@ class Mean(Aggregation):
         made, self._steps_made = self._steps_made, {}
         finite = self._are_finite(list(made.values()))
         for (chunk, step), is_finite in zip(made.items(), finite, strict=True):
-            events += self._settle(chunk, step if is_finite else None)
+            events += self._make_final(chunk, step if is_finite else None)
         if all(x is not None for x in self._next):
             members = frozenset[str]().union(*self._arrived)
             before = self.averaged()
@@ -516,7 +507,7 @@ class Mean(Aggregation):
         looks = iter(self.backend.are_finite([x for step in steps for x in step.vectors]))
         return [all([next(looks) for _ in step.vectors]) for step in steps]
 
-    def _settle(self, chunk: int, step: Step | None) -> list[Event]:
+    def _make_final(self, chunk: int, step: Step | None) -> list[Event]:
         """A chunk is final; or it begins anew, if its step is not finite (None)."""
         events: list[Event] = []
         if step is None and chunk not in self._doubted:
@@ -674,7 +665,7 @@ class OnArrival(Aggregation):
             for i in chunks:  # the others have not moved for it, though the model's may have since
                 progress.sent[i] = self.chunks[i]
 
-    def _receive(self, update: Contribution) -> list[Event]:
+    def _take(self, update: Contribution) -> list[Event]:
         if update.round > self.version:
             return [Refused("early")]
         progress = self._progress.setdefault(update.worker, _Progress())

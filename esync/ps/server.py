@@ -225,7 +225,6 @@ class TensorThread(threading.Thread):
         self._arrival: dict[str, float] = {}
         self._turns = Turns()
         self._held: list[Published] = []  # chunks for those whose turn has not come
-        self._gathered: list[Contribution] = []  # in a device's memory, to be taken together
         self._asked_at = 0.0
         self._asked = 0
         self._initial_patience_s = INITIAL_PATIENCE_S
@@ -463,7 +462,7 @@ class TensorThread(threading.Thread):
             except zmq.Again:
                 break
             self.handle([frame.buffer for frame in frames])
-        self._take_gathered()
+        self._settle()
 
     def _opened(self, frames: Sequence[memoryview]) -> tuple[Message, list[memoryview]]:
         """A worker's message, if it speaks for who sealed it, and its payload if it has one."""
@@ -479,7 +478,7 @@ class TensorThread(threading.Thread):
         try:
             message, payload = self._opened(frames)
             if not isinstance(message, Update):
-                self._take_gathered()
+                self._settle()
             if isinstance(message, (Update, Fetch)) and not self._knows(_subscriber(message)):
                 self.counters["unknown-worker"] += 1  # it will ask again, once it is here
             elif isinstance(message, Update):
@@ -555,18 +554,14 @@ class TensorThread(threading.Thread):
             max(1, message.samples),
             lasts=shared and data is update,  # else it was brought to the device: memory of ours
         )
-        if contribution.lasts and self._backend.at_once and self._mode.barrier:
-            self._gathered.append(contribution)
-        else:
-            self._take_gathered()
-            self._emit(self.aggregation.receive(contribution))
+        together = contribution.lasts and self._backend.at_once  # the device is at it meanwhile
+        take = self.aggregation.take if together else self.aggregation.receive
+        self._emit(take(contribution))
 
-    def _take_gathered(self) -> None:
-        """Take what has come through a device's memory since the last time, all of it together."""
-        if self._gathered:
-            assert self.aggregation is not None
-            gathered, self._gathered = self._gathered, []
-            self._emit(self.aggregation.receive_all(gathered))
+    def _settle(self) -> None:
+        """Look at what has come through a device's memory since the last time, all of it together."""
+        if self.aggregation is not None:
+            self._emit(self.aggregation.settle())
 
     # Shared memory
 

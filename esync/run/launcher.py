@@ -142,8 +142,12 @@ def roles_of(
         rows.append((row.name, arguments, environment))
     if cluster.run.model != OWN:
         evaluator = ["esync.worker.cli", "--evaluate", "--name", "evaluator", *joins, *common]
-        evaluator += keyed
-        rows.append(("evaluator", evaluator, environment_of(workers[0])))
+        gpus = (row for row in workers if row.device != "cpu" and not row.host)
+        where = next(
+            gpus, WorkerConfig()
+        )  # a CPU takes minutes for what a GPU evaluates in a second
+        evaluator += [*keyed, "--device", where.device]
+        rows.append(("evaluator", evaluator, environment_of(where)))
     by_name = {row.name: row for row in workers}
     roles = []
     for name, arguments, env in rows:
