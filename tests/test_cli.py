@@ -198,4 +198,4 @@ def test_what_a_gpu_trains_is_evaluated_on_it(tmp_path, workers, device, variabl
     evaluator = roles[-1]
     assert evaluator.name == "evaluator"
     assert evaluator.command[evaluator.command.index("--device") + 1] == device
-    assert variable in evaluator.env
+    assert variable in evaluator.environment

@@ -294,11 +294,13 @@ def test_a_jax_array_s_memory_is_cupy_s_too():
 
     if jax.default_backend() != "gpu":
         pytest.skip("JAX sees no GPU: pip install 'esync[cuda12]'")
-    array = jnp.arange(1000, dtype=jnp.float32)
+    with jax.default_device(jax.devices("gpu")[0]):
+        array = jnp.arange(1000, dtype=jnp.float32)
     lent = from_jax(array)
     assert lent.data.ptr == array.unsafe_buffer_pointer()
     np.testing.assert_array_equal(lent.get(), np.arange(1000))
     given = to_jax(lent)
+    assert given.devices() == array.devices()
     assert given.unsafe_buffer_pointer() != array.unsafe_buffer_pointer()
     np.testing.assert_array_equal(given, np.arange(1000))
 

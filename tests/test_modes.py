@@ -171,7 +171,7 @@ class Median(aggregation.Aggregation):
         self._expected = set(ranks)
         return self._finish() if self.version >= 0 else []
 
-    def _receive(self, update: Contribution) -> list[Event]:
+    def _take(self, update: Contribution) -> list[Event]:
         self._arrived[update.chunk][update.worker] = np.array(update.data)
         return self._finish()
 
