@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from esync.device_memory import unsupported
 from tests.processes import Processes
 
 # How long an example takes says how busy the machine is.
@@ -20,14 +18,6 @@ settings.load_profile("esync")
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would every process that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-# A GPU's matrix products are not NumPy's to a millionth, nor the same each time: only tests/test_gpu.py asks it.
-if not unsupported():
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    import jax
-
-    jax.config.update("jax_default_device", jax.devices("cpu")[0])
 
 
 @pytest.fixture

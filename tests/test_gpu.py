@@ -294,8 +294,7 @@ def test_a_jax_array_s_memory_is_cupy_s_too():
 
     if jax.default_backend() != "gpu":
         pytest.skip("JAX sees no GPU: pip install 'esync[cuda12]'")
-    with jax.default_device(jax.devices("gpu")[0]):
-        array = jnp.arange(1000, dtype=jnp.float32)
+    array = jnp.arange(1000, dtype=jnp.float32)
     lent = from_jax(array)
     assert lent.data.ptr == array.unsafe_buffer_pointer()
     np.testing.assert_array_equal(lent.get(), np.arange(1000))

@@ -288,9 +288,11 @@ class _OnDevice:
         return leaves, base
 
     def _there(self, parts: Parts) -> Any:
-        """The parts as arrays of JAX; those that lie on the device are lent, and not copied."""
-        lent = device_memory.lent_to_jax
-        arrays = [part if isinstance(part, np.ndarray) else lent(part) for part in parts]
+        """The parts as arrays of JAX's own. Where a compiled function has many copies, JAX has them replayed by CUDA,
+        which has refused to copy out of another process's memory (a ResNet-18's leaves, on an H200: invalid argument).
+        """
+        own = device_memory.to_jax
+        arrays = [part if isinstance(part, np.ndarray) else own(part) for part in parts]
         return jax.device_put(arrays, self._packer._device)
 
     def _packed(self, leaves: list[Any], base: Any) -> Any:
