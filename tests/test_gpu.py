@@ -243,12 +243,13 @@ from esync.worker.client import Worker
 from tests.test_gpu import LAYOUT
 endpoint, rank = sys.argv[1], int(sys.argv[2])
 with Worker(endpoint, name=f"w{rank}", rank=rank) as worker:
-    params = worker.start({"w": jnp.zeros(LAYOUT.size)})
+    sizes = [LAYOUT.size - 29 * 1000, *[1000] * 29]  # so many copies are replayed together by CUDA
+    params = worker.start({f"w{i}": jnp.zeros(size) for i, size in enumerate(sizes)})
     while not worker.stopped:
-        params = worker.step({"w": params["w"] - 0.2 * (params["w"] - rank)})
+        params = worker.step({name: x - 0.2 * (x - rank) for name, x in params.items()})
     channels = worker._link._channels
     lanes = [bool(c.puts and c.whole.device is not None) for c in channels]
-    final = np.asarray(params["w"])
+    final = np.concatenate([np.asarray(x) for x in params.values()])
     print(json.dumps([lanes, hashlib.sha256(final.tobytes()).hexdigest(), float(final.mean())]))
 """
 
