@@ -243,7 +243,7 @@ from esync.worker.client import Worker
 from tests.test_gpu import LAYOUT
 endpoint, rank = sys.argv[1], int(sys.argv[2])
 with Worker(endpoint, name=f"w{rank}", rank=rank) as worker:
-    sizes = [LAYOUT.size - 29 * 1000, *[1000] * 29]  # so many copies are replayed together by CUDA
+    sizes = [LAYOUT.size - 29 * 1000, *[1000] * 29]  # as a model has them
     params = worker.start({f"w{i}": jnp.zeros(size) for i, size in enumerate(sizes)})
     while not worker.stopped:
         params = worker.step({name: x - 0.2 * (x - rank) for name, x in params.items()})

@@ -288,8 +288,10 @@ class _OnDevice:
         return leaves, base
 
     def _there(self, parts: Parts) -> Any:
-        """The parts as arrays of JAX's own. Where a compiled function has many copies, JAX has them replayed by CUDA,
-        which has refused to copy out of another process's memory (a ResNet-18's leaves, on an H200: invalid argument).
+        """The parts as arrays of JAX's own; nothing that is compiled sees another process's memory.
+
+        With the parts lent instead, one run of a ResNet-18 on an H200 failed here (CUDA: invalid argument, in copies
+        that JAX replays). Why is not known, nor whether this mends it (docs/results/gpu.md).
         """
         own = device_memory.to_jax
         arrays = [part if isinstance(part, np.ndarray) else own(part) for part in parts]
