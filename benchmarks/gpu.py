@@ -281,7 +281,7 @@ def _kernels_alone(backend: Backend, chunks: list[Array], updates: list[list[Arr
     weights = [1.0] * len(updates)
     for i, chunk in enumerate(chunks):
         deltas = [update[i] for update in updates]
-        chunks[i] = backend.stepped(chunk, 1.0 / len(updates), deltas, weights)
+        chunks[i], _ = backend.stepped(chunk, 1.0 / len(updates), deltas, weights)
 
 
 def _averaged(data: list[Vector], seconds: list[float]) -> float:

@@ -47,6 +47,17 @@ def allocation(size):
     return memory
 
 
+def structure_of(code):
+    """C's structure `Operands`, as it is laid out in memory."""
+    (inside,) = re.findall(r"struct Operands \{\n(.*?)\n\};", code, re.S)
+    fields = []
+    for line in inside.split("\n"):
+        kind, name, count = re.fullmatch(r"(.*\S) (\w+)(?:\[(\d+)\])?;", line.strip()).groups()
+        of = {"float": np.float32, "int": np.int32, "long long": np.int64}
+        fields.append((name, np.uint64 if kind.endswith("*") else of[kind], int(count or 1)))
+    return np.dtype([field if field[2] > 1 else field[:2] for field in fields], align=True)
+
+
 class Schedule:
     """What became of the streams of one module.
 
@@ -55,6 +66,7 @@ class Schedule:
         pageable: how many copies were from memory of the host that is not pinned: those are slow.
         brought_back: bytes of each copy to the host.
         kernels: how many were launched.
+        waits: how often the host waited for an event.
     """
 
     def __init__(self, seed=0):
@@ -63,7 +75,7 @@ class Schedule:
         self.hurry = lambda stream: 0.0
         self.streams = []
         self.pageable = 0
-        self.kernels = 0
+        self.kernels = self.waits = 0
         self.brought_back = []
 
     def settle(self):
@@ -110,6 +122,7 @@ def stand_in(gpu=None, seed=0):
             stream.put(lambda mark=self.recorded: setattr(self, "reached", mark))
 
         def synchronize(self):
+            schedule.waits += 1
             self.bring_to(self.recorded)
 
         def bring_to(self, mark):
@@ -208,6 +221,16 @@ def stand_in(gpu=None, seed=0):
     def give(address):
         del memories[address]
 
+    def bytes_at(address, size, device=None):
+        base = address >> 32 << 32
+        if base not in memories:
+            raise CUDARuntimeError("cudaErrorIllegalAddress")
+        memory, there = memories[base]
+        assert device in (None, there), "the array is another device's"
+        at = address - base
+        assert at + size <= memory.size, "beyond the allocation"
+        return memory[at : at + size]
+
     class Memory:
         """cudaMalloc'd, until its end."""
 
@@ -237,13 +260,7 @@ def stand_in(gpu=None, seed=0):
             self.mem, self.ptr, self.device_id = mem, mem.ptr + offset, mem.device_id
 
         def bytes_of(self, size):
-            base = self.ptr >> 32 << 32
-            if base not in memories:
-                raise CUDARuntimeError("cudaErrorIllegalAddress")
-            memory, _ = memories[base]
-            at = self.ptr - base
-            assert at + size <= memory.size, "beyond the allocation"
-            return memory[at : at + size]
+            return bytes_at(self.ptr, size)
 
         def memset_async(self, value, size, stream=None):
             target = self.bytes_of(size)
@@ -321,10 +338,14 @@ def stand_in(gpu=None, seed=0):
             assert options == (
                 "-fmad=false",
             )  # what is computed here is rounded after every operation
-            found = re.findall(
-                r'extern "C" __global__ void (\w+)\((.*?)\)\n\{\n(.*?)\n\}', code, re.S
+            self.operands = structure_of(code)
+            self.functions = dict(
+                re.findall(
+                    r'extern "C" __global__ void (\w+)\(const Operands o\)\n\{\n(.*?)\n\}',
+                    code,
+                    re.S,
+                )
             )
-            self.functions = {name: (inputs.split(", "), body) for name, inputs, body in found}
             self.compiled_on = None
 
         def compile(self):
@@ -332,51 +353,57 @@ def stand_in(gpu=None, seed=0):
 
         def get_function(self, name):
             assert self.compiled_on == current_device()
-            return Function(*self.functions[name], self.compiled_on)
+            return Function(self.operands, self.functions[name], self.compiled_on)
 
     class Function:
         """A kernel, given a thread for each element; like CUDA it believes whatever it is told."""
 
-        def __init__(self, inputs, body, device):
-            self.types, self.names = zip(*(each.rsplit(" ", 1) for each in inputs), strict=True)
-            self.device = device
-            first, self.what = body.strip().split("\n    ")
-            assert first == (
-                "const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;"
-            )
+        def __init__(self, operands, body, device):
+            self.operands, self.device = operands, device
+            first, end, given, made, *rest = (line.strip() for line in body.split("\n"))
+            assert [first, end, *rest] == [
+                "const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;",
+                "if (i >= o.size) return;",
+                "if (o.out) o.out[i] = made;",
+                "if (o.flag && !isfinite(made)) *o.flag = o.mark;",
+            ]
+            self.given = re.findall(r"const float (\w+) = o\.([xw])\[(\d+)\](?:\[i\])?;", given)
+            assert len(self.given) == given.count(";")
+            (self.expression,) = re.fullmatch(r"const float made = (.*);", made).groups()
 
         def __call__(self, grid, block, args, *, shared_mem=0):
             assert self.device == current_device(), "the kernel is another device's"
-            given = dict(zip(self.names, args, strict=True))
-            for kind, (name, value) in zip(self.types, given.items(), strict=True):
-                if kind.endswith("*"):
-                    assert value.device.id == current_device(), "the array is another device's"
-                    assert (
-                        kind.removeprefix("const ")
-                        == {"float32": "float*", "int32": "int*"}[value.dtype.name]
-                    ), name
-                    given[name] = value.now()  # a launch does not keep the array alive
-                else:
-                    assert type(value) is {"float": np.float32, "long long": int}[kind], name
-            size = given["size"]
+            (by_value,) = args
+            assert (by_value.size, by_value.itemsize) == (1, self.operands.itemsize)
+            o = np.frombuffer(by_value.tobytes(), self.operands)[0]
+            size = int(o["size"])
             assert block[0] <= 1024, "more threads than a block can have"
             assert size <= grid[0] * block[0] < size + block[0], "not a thread for each element"
+            given = {
+                name: on_device(o["x"][int(k)], size) if kind == "x" else o["w"][int(k)]
+                for name, kind, k in self.given
+            }  # a launch does not keep the arrays alive
+            out = on_device(o["out"], size) if o["out"] else None
+            flag = in_pinned_memory(o["flag"]) if o["flag"] else None
             schedule.kernels += 1
 
             def run():
                 with np.errstate(all="ignore"):
-                    self.run(given, size)
+                    made = eval(self.expression, {"sqrtf": np.sqrt}, given)
+                if out is not None:
+                    out[:] = made
+                if flag is not None and not np.isfinite(made).all():
+                    flag[0] = o["mark"]
 
             get_current_stream().put(run)
 
-        def run(self, given, size):
-            if self.what == "if (i < size && !isfinite(x[i])) *bad = 1;":
-                given["bad"][0] |= not np.isfinite(given["x"][:size]).all()
-                return
-            (expression,) = re.fullmatch(r"if \(i < size\) out\[i\] = (.*);", self.what).groups()
-            vectors = {n: x[:size] if isinstance(x, np.ndarray) else x for n, x in given.items()}
-            value = eval(expression.replace("[i]", ""), {"sqrtf": np.sqrt}, vectors)
-            given["out"][:size] = value
+    def on_device(address, size):
+        return bytes_at(int(address), 4 * size, current_device()).view(np.float32)
+
+    def in_pinned_memory(address):
+        flag = np.frombuffer((ctypes.c_int * 1).from_address(int(address)), np.int32)
+        assert is_pinned(flag)
+        return flag
 
     def from_dlpack(array):
         kind, device = array.__dlpack_device__()

@@ -17,7 +17,8 @@ from esync.config import RunConfig
 from esync.errors import DeviceError
 from esync.messages import INITIAL
 from esync.ps.aggregation import Contribution, Mean
-from esync.ps.backend import LOOKS, MOST, CupyBackend, NumpyBackend, backend_for
+from esync.ps.backend import MOST, CupyBackend, NumpyBackend, backend_for
+from esync.ps.kernels import FLAGS
 from esync.ps.staging import BUFFERS
 from esync.tensors import DELTA, VALUE, Layout, Leaf
 from tests.cupy_stand_in import stand_in
@@ -187,10 +188,26 @@ def test_a_step_is_what_a_sum_and_a_blend_are_to_the_bit(backend, count):
     weights = [float(x) for x in random.normal(size=count)]
     total = backend.weighted_sum(xs, weights)
     expected = backend.host(backend.blend(base, 1.0, total, 0.7)).copy()
-    np.testing.assert_array_equal(backend.host(backend.stepped(base, 0.7, xs, weights)), expected)
+    made, look = backend.stepped(base, 0.7, xs, weights)
+    np.testing.assert_array_equal(backend.host(made), expected)
     out = backend.filled(base, 9.0)
-    assert backend.stepped(base, 0.7, xs, weights, out) is out
+    into, another = backend.stepped(base, 0.7, xs, weights, out)
+    assert into is out
     np.testing.assert_array_equal(backend.host(out), expected)
+    assert backend.are_finite([look, another, out]) == [True, True, True]
+
+
+@pytest.mark.parametrize("count", [1, MOST, MOST + 1])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
+def test_whether_a_step_is_finite_is_known_of_what_it_makes(backend, count, bad):
+    base, good = (backend.load(frame(np.ones(7))) for _ in range(2))
+    worse = backend.load(frame([1, 1, 1, 1, 1, 1, bad]))
+    looks = [
+        backend.stepped(base, 1.0, [*[good] * (count - 1), x], [10.0] * count)[1]
+        for x in (good, worse, good, worse, good)
+    ]
+    assert backend.are_finite([*looks, good]) == [True, False, True, False, True, True]
+    assert backend.are_finite(looks[1:3]) == [False, True]  # as often as one likes
 
 
 # The GPU's calls on the stand-in: what waits for what, and what is used again. Not CUDA.
@@ -343,7 +360,21 @@ def test_a_chunk_that_is_looked_at_on_a_gpu_stays_there(cupy):
     good, bad = gpu.load(frame(np.ones(1000))), gpu.load(frame([np.nan] * 1000))
     looked_at = [gpu.is_finite(x) for x in (good, bad, good, bad)]
     assert looked_at == [True, False, True, False]
-    assert cupy.schedule.brought_back == [4 * LOOKS] * 4
+    assert cupy.schedule.brought_back == []
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_look_that_nobody_waits_for_says_nothing_of_the_next(cupy, schedule):
+    cupy.schedule.hurry = SCHEDULES[schedule]
+    gpu = CupyBackend()
+    base, good, bad = (gpu.load(frame([x] * 4)) for x in (1.0, 2.0, np.nan))
+    before = len(cupy.pinned)
+    for i in range(3 * FLAGS):
+        gpu.stepped(base, 1.0, [bad if i % 2 else good], [1.0])  # dropped
+    assert gpu.are_finite([good, bad, good]) == [True, False, True]
+    assert len(cupy.pinned) <= before + 1
+    kept = [gpu.stepped(base, 1.0, [x], [1.0])[1] for x in [good, bad] * FLAGS]
+    assert gpu.are_finite(kept) == [True, False] * FLAGS
 
 
 def test_every_operation_on_a_gpu_is_one_kernel(cupy):
@@ -362,6 +393,7 @@ def test_every_operation_on_a_gpu_is_one_kernel(cupy):
         lambda: gpu.stepped(a, 0.5, [b] * MOST, [1.0] * MOST),
         lambda: gpu.filled(a, 2.0),
         lambda: gpu.is_finite(a),
+        lambda: gpu.are_finite([gpu.stepped(a, 0.5, [b], [1.0])[1]]),
     ):
         before = cupy.schedule.kernels
         operation()

@@ -14,7 +14,8 @@ import pytest
 from esync.compression import is_finite
 from esync.config import RunConfig
 from esync.device_memory import DeviceOffer, DeviceRegion, from_jax, to_jax, unsupported
-from esync.ps.backend import LOOKS, MOST, CupyBackend, NumpyBackend
+from esync.ps.backend import CupyBackend, NumpyBackend
+from esync.ps.kernels import FLAGS, MOST
 from esync.ps.staging import BUFFERS
 from esync.tensors import CHUNK_ELEMENTS, DELTA, Layout, Leaf
 from tests.cluster import Cluster
@@ -53,8 +54,8 @@ def test_every_operation_is_numpy_s_to_the_bit():
         (gpu.filled(a, 0.3), cpu.filled(x[0], 0.3)),
         *(
             (
-                gpu.stepped(a, 0.3, [gpu.load(v) for v in x[:n]], [0.7] * n),
-                cpu.stepped(x[0], 0.3, x[:n], [0.7] * n),
+                gpu.stepped(a, 0.3, [gpu.load(v) for v in x[:n]], [0.7] * n)[0],
+                cpu.stepped(x[0], 0.3, x[:n], [0.7] * n)[0],
             )
             for n in (1, 3, MOST, len(x))
         ),
@@ -74,17 +75,24 @@ def test_one_kernel_makes_what_several_make_to_the_bit(count):
     for x, weight in zip(xs[1:], weights[1:], strict=True):
         gpu.add_scaled(total, x, weight)
     apart = gpu.host(gpu.blend(base, 1.0, total, scale))
-    np.testing.assert_array_equal(gpu.host(gpu.stepped(base, scale, xs, weights)), apart)
+    np.testing.assert_array_equal(gpu.host(gpu.stepped(base, scale, xs, weights)[0]), apart)
     np.testing.assert_array_equal(gpu.host(gpu.weighted_sum(xs, weights)), gpu.host(total))
 
 
 @needs_gpu
 def test_of_several_vectors_the_bad_ones_are_found():
     gpu = CupyBackend()
-    xs = [vector(seed, 1000) for seed in range(2 * LOOKS + 3)]
-    for bad in (0, LOOKS - 1, LOOKS, 2 * LOOKS + 2):
+    xs = [vector(seed, 2000) for seed in range(FLAGS + 3)]
+    for bad in (0, 64, FLAGS - 1, FLAGS, FLAGS + 2):
         xs[bad][bad] = np.nan
-    assert gpu.are_finite([gpu.load(x) for x in xs]) == [bool(is_finite(x)) for x in xs]
+    finite = [bool(is_finite(x)) for x in xs]
+    there = [gpu.load(x) for x in xs]
+    assert gpu.are_finite(there) == finite
+    steps = [gpu.stepped(there[1], 0.5, [there[2], x], [0.5, 2.0])[1] for x in there]
+    assert gpu.are_finite(steps) == finite
+    for _ in range(5):  # flags go from one to the next
+        steps = [gpu.stepped(there[1], 0.5, [there[2], x], [0.5, 2.0])[1] for x in there[:9]]
+        assert gpu.are_finite(steps) == finite[:9]
 
 
 @needs_gpu

@@ -23,7 +23,7 @@ from esync.device_memory import DeviceMemoryError, on_host
 from esync.errors import EsyncError
 from esync.messages import Have, Members, Model
 from esync.ps.aggregation import MODEL, Mean, Published
-from esync.ps.backend import LOOKS, CupyBackend, NumpyBackend, backend_for
+from esync.ps.backend import CupyBackend, NumpyBackend, backend_for
 from esync.ps.checkpoint import CHECKPOINTS, Checkpoints, model_name
 from esync.ps.server import TensorThread
 from esync.shared_memory import MODEL_SLOTS, WRITING, Region
@@ -164,7 +164,7 @@ def run_of(workers=2, rounds=60, kind="inproc", device="cuda", **options):
 
 
 def chunks_brought_back(cupy):
-    return sum(size for size in cupy.schedule.brought_back if size > 4 * LOOKS)
+    return sum(cupy.schedule.brought_back)
 
 
 DEVICE = {"w0": "device", "w1": "device"}
@@ -471,11 +471,11 @@ def test_chunks_that_come_together_are_looked_at_together(machine, chunks, monke
 
     def counted(call):
         def called(mean, *update):
-            looks = machine.of_servers.schedule.brought_back.count(4 * LOOKS)
+            waits = machine.of_servers.schedule.waits
             events = call(mean, *update)
             final = sum(isinstance(event, Published) for event in events)
-            looks = machine.of_servers.schedule.brought_back.count(4 * LOOKS) - looks
-            seen.append((call, mean.version, final, looks))
+            waits = machine.of_servers.schedule.waits - waits
+            seen.append((call, mean.version, final, waits))
             return events
 
         return called
@@ -485,13 +485,12 @@ def test_chunks_that_come_together_are_looked_at_together(machine, chunks, monke
     monkeypatch.setattr(Mean, "settle", counted(settle))
     through, used, _ = run_of(mode="sync", rounds=20, **options)
     assert used == DEVICE
-    vectors = 3 if options.get("outer") == "adam" else 1
     assert max(final for call, _, final, _ in seen if call is settle) > 1
-    for call, version, final, looks in seen:
+    for call, version, final, waits in seen:
         if (
             version > 0 or call is settle
         ):  # else it is the initial model, each of whose chunks is looked at
-            assert looks == -(-final * vectors // LOOKS)
+            assert waits == (final > 0)
     over, _, _ = run_of(mode="sync", rounds=20, shared_memory=False, **options)
     for a, b in zip(through, over, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -504,8 +504,8 @@ class Mean(Aggregation):
 
     def _are_finite(self, steps: list[Step]) -> list[bool]:
         """Of each step whether all that it makes is finite."""
-        looks = iter(self.backend.are_finite([x for step in steps for x in step.vectors]))
-        return [all([next(looks) for _ in step.vectors]) for step in steps]
+        looks = iter(self.backend.are_finite([x for step in steps for x in step.looks]))
+        return [all([next(looks) for _ in step.looks]) for step in steps]
 
     def _make_final(self, chunk: int, step: Step | None) -> list[Event]:
         """A chunk is final; or it begins anew, if its step is not finite (None)."""
@@ -554,7 +554,8 @@ class Mean(Aggregation):
         total, self._totals[chunk] = self._totals[chunk], None
         if delta:
             return self.outer.step(chunk, self.chunks[chunk], total, scale)
-        return Step(self.backend.scaled(total, scale, total), {})
+        mean = self.backend.scaled(total, scale, total)
+        return Step(mean, {}, [mean])
 
     def _encode(self, chunk: int, new: Array) -> Array:
         """Encode how a chunk moves, where the run compresses; returns where that really moves it.

@@ -13,7 +13,7 @@ import numpy as np
 
 from esync.compression import is_finite, squared_norm
 from esync.errors import DeviceError
-from esync.ps.kernels import MOST, Kernels
+from esync.ps.kernels import MOST, Kernels, Look
 from esync.ps.staging import Staging
 from esync.tensors import Vector
 
@@ -42,8 +42,8 @@ class Backend(Protocol):
     def is_finite(self, x: Array) -> bool:
         """Whether no element is NaN or infinite."""
 
-    def are_finite(self, xs: Sequence[Array]) -> list[bool]:
-        """`is_finite` of each."""
+    def are_finite(self, xs: Sequence[Array | Look]) -> list[bool]:
+        """`is_finite` of each: of a vector, or of what `stepped` made."""
 
     def squared_norm(self, x: Array) -> float:
         """The sum of the squares, in float64; NaN or infinite if an element is."""
@@ -77,9 +77,10 @@ class Backend(Protocol):
         xs: Sequence[Array],
         weights: Sequence[float],
         out: Array | None = None,
-    ) -> Array:
+    ) -> tuple[Array, Array | Look]:
         """`base + scale * sum_i(weights[i] * xs[i])`: what `weighted_sum` and `blend` do one after the other, to the
-        bit; a GPU in one pass. A new vector, or `out`."""
+        bit; a GPU in one pass, in which it looks at the result, too. A new vector, or `out`; and what to ask
+        `are_finite` of it."""
 
     def blend_square(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
         """A new vector `alpha * a + beta * (b * b)`: a mean of squares that moves on."""
@@ -171,9 +172,10 @@ class NumpyBackend:
         xs: Sequence[Array],
         weights: Sequence[float],
         out: Array | None = None,
-    ) -> Array:
+    ) -> tuple[Array, Array]:
         total = self.weighted_sum(xs, weights, out)
-        return self.blend(base, 1.0, total, scale, total)
+        made = self.blend(base, 1.0, total, scale, total)
+        return made, made
 
     @_overflow_is_checked_later
     def blend_square(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
@@ -207,8 +209,6 @@ class NumpyBackend:
         return np.asarray(x)
 
 
-LOOKS = 64
-"""Vectors that are looked at together, at most: the host waits once for all of them."""
 LOOK_BYTES = 128 << 20
 """What is looked at together is memory besides the model, so it is no more than this, which takes a GPU longer to read
 than the host waits."""
@@ -252,12 +252,7 @@ class CupyBackend:
         self._device = cupy.cuda.Device(index)
         with self._device:
             self._sums = cupy.cuda.Stream(non_blocking=True)
-            self._looked = cupy.cuda.Event(disable_timing=True)
-        with self._device, self._sums:
-            self._bad = cupy.empty(LOOKS, np.int32)
-            self._each_bad = [self._bad[at : at + 1] for at in range(LOOKS)]
-            pinned = cupy.cuda.alloc_pinned_memory(4 * LOOKS)
-        self._bad_here = np.ndarray((LOOKS,), np.int32, pinned)
+            self._done = cupy.cuda.Event(disable_timing=True)
         self._staging = Staging(cupy, self._device, self._sums)
         self._kernels = Kernels(cupy, self._device, self._sums)
 
@@ -269,25 +264,16 @@ class CupyBackend:
 
     def wait(self) -> None:
         with self._device:
-            self._looked.record(self._sums)
-            self._looked.synchronize()
+            self._done.record(self._sums)
+            self._done.synchronize()
 
     def is_finite(self, x: Array) -> bool:
         return self.are_finite([x])[0]
 
-    def are_finite(self, xs: Sequence[Array]) -> list[bool]:
-        finite: list[bool] = []
-        for first in range(0, len(xs), LOOKS):
-            some = xs[first : first + LOOKS]
-            with self._device, self._sums:
-                self._bad.data.memset_async(0, self._bad.nbytes, self._sums)
-                for x, bad in zip(some, self._each_bad, strict=False):
-                    self._kernels.find_bad(x, bad)
-                self._bad.get(stream=self._sums, out=self._bad_here, blocking=False)
-                self._looked.record(self._sums)
-                self._looked.synchronize()
-            finite += (self._bad_here[: len(some)] == 0).tolist()
-        return finite
+    def are_finite(self, xs: Sequence[Array | Look]) -> list[bool]:
+        looks = [x if isinstance(x, Look) else self._kernels.look(x) for x in xs]
+        self.wait()
+        return [look.is_finite for look in looks]
 
     def squared_norm(self, x: Array) -> float:
         return squared_norm(self.host(x))
@@ -321,11 +307,12 @@ class CupyBackend:
         xs: Sequence[Array],
         weights: Sequence[float],
         out: Array | None = None,
-    ) -> Array:
+    ) -> tuple[Array, Look]:
+        look = self._kernels.new_look()
         if len(xs) > MOST:
-            total = self.weighted_sum(xs, weights, out)
-            return self.blend(base, 1.0, total, scale, total)
-        return self._kernels.step[len(xs) - 1]([base, *xs], [scale, *weights], out)
+            out = self.weighted_sum(xs, weights, out)
+            xs, weights = [out], [1.0]
+        return self._kernels.step[len(xs) - 1]([base, *xs], [scale, *weights], out, look), look
 
     def blend_square(self, a: Array, alpha: float, b: Array, beta: float) -> Array:
         return self._kernels.blend_square([a, b], [alpha, beta])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from esync.config import RunConfig
 from esync.errors import ModelError
 from esync.ps.backend import Array, Backend
+from esync.ps.kernels import Look
 
 State = dict[str, Array]
 """One chunk's state: name -> vector."""
@@ -23,14 +24,16 @@ SMALLEST_EPSILON = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step makes of a chunk: its new value and the optimiser's new state; nobody has looked at them yet."""
+    """What a step makes of a chunk.
+
+    Attributes:
+        value, state: its new value and the optimiser's new state; nobody has asked yet whether they are finite.
+        looks: what to ask that of (`Backend.are_finite`).
+    """
 
     value: Array
     state: State
-
-    @property
-    def vectors(self) -> list[Array]:
-        return [self.value, *self.state.values()]
+    looks: list[Array | Look]
 
 
 class Outer(ABC):
@@ -50,7 +53,8 @@ class Outer(ABC):
     def step(self, chunk: int, value: Array, total: Array, scale: float) -> Step:
         """A step on a chunk, given its value and the averaged delta D = `scale * total`; uses `total` up. To be taken
         (`take`) if what it makes is finite; until then nothing has changed."""
-        return Step(*self._step(value, total, scale, self._state_of(chunk, value)))
+        new, state = self._step(value, total, scale, self._state_of(chunk, value))
+        return Step(new, state, [new, *state.values()])
 
     def step_on(
         self,
@@ -121,7 +125,8 @@ class Sgd(Outer):
         out: Array | None = None,
     ) -> Step:
         lr = self.config.outer_lr
-        return Step(self.backend.stepped(value, lr * scale, deltas, weights, out), {})
+        new, look = self.backend.stepped(value, lr * scale, deltas, weights, out)
+        return Step(new, {}, [look])
 
 
 class Momentum(Outer):
