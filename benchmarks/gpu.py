@@ -9,7 +9,8 @@
   server uses, with chunks of several sizes: one worker after the other, as what came over sockets is added up, and
   several chunks at a time, all workers' in one pass, as what lies in workers' memory of the device is; and the kernels
   of the latter alone.
-- The same from memory of the host, as chunks arrive from a socket: a share of what the bus moves.
+- The same from memory of the host, as chunks arrive from a socket, and as they lie in workers' shared memory: a share
+  of what the bus moves.
 - A JAX array handed to another process: through memory of the device (CUDA IPC), and through the host.
 - Agreement with NumPy.
 
@@ -255,7 +256,7 @@ def resident(
             (
                 "as in workers' memory of it",
                 lambda: one_shared_round(mean, updates),
-                workers + 2 + 1,
+                workers + 2,
                 workers + 2,
             ),
             (
@@ -290,30 +291,77 @@ def _averaged(data: list[Vector], seconds: list[float]) -> float:
 
 def from_host(cupy: Any, data: list[Vector], rounds: int, bus_per_s: float) -> Row:
     """Averaging what arrives in pageable memory of the host, with the chunks that the servers use."""
-    workers = len(data) - 1
     layout, backend = layout_of(data[0].nbytes / 1e6), CupyBackend()
-    mean = begun(backend, layout, workers, data[0])
     chunks = [[x[at.start : at.stop] for at in layout.chunks] for x in data[1:]]
-    seconds = timed(
-        lambda: one_round(mean, lambda rank, i: backend.load(chunks[rank][i]), workers),
-        cupy.cuda.runtime.deviceSynchronize,
-        rounds,
-    )
+    seconds = _averaging(cupy, backend, data, rounds, lambda rank, i: backend.load(chunks[rank][i]))
     moved = sum(x.nbytes for x in data[1:])
     return Row("from the host, through pinned memory", seconds, moved, "of updates", bus_per_s)
 
 
-def to_host(data: list[Vector], rounds: int, bus_per_s: float) -> Row:
+def from_shared_memory(
+    cupy: Any, data: list[Vector], rounds: int, bus_per_s: float
+) -> Iterator[Row]:
+    """Averaging what lies in workers' shared memory, mapped as the parameter server maps it, and pinned there."""
+    layout, backend = layout_of(data[0].nbytes / 1e6), CupyBackend()
+    owned, mapped, pins, pinning = [], [], [], []
+    for x in data[1:]:
+        region = shared_memory.Region.create(layout, shared_memory.UPDATE_SLOTS)
+        region.whole(0)[:] = x
+        owned.append(region)
+        offer = region.offer("w", "x")
+        mapped.append(shared_memory.Region.open(layout, shared_memory.UPDATE_SLOTS, offer))
+        began = time.perf_counter()
+        pins.append(backend.pin(mapped[-1].whole(0)))
+        pinning.append(time.perf_counter() - began)
+    if None in pins:
+        raise RuntimeError("CUDA does not pin shared memory here")
+    size = data[0].nbytes
+    yield Row(f"pinning {size / 1e6:g} MB of a worker's shared memory", pinning, size, "pinned")
+    seconds = _averaging(
+        cupy,
+        backend,
+        data,
+        rounds,
+        lambda rank, i: backend.load(mapped[rank].chunk(0, i), lasts=True),
+    )
+    moved = sum(x.nbytes for x in data[1:])
+    yield Row("from workers' shared memory", seconds, moved, "of updates", bus_per_s)
+
+
+def _averaging(
+    cupy: Any,
+    backend: CupyBackend,
+    data: list[Vector],
+    rounds: int,
+    chunk_of: Callable[[int, int], Array],
+) -> list[float]:
+    """Seconds of each round."""
+    workers = len(data) - 1
+    mean = begun(backend, layout_of(data[0].nbytes / 1e6), workers, data[0])
+    return timed(
+        lambda: one_round(mean, chunk_of, workers), cupy.cuda.runtime.deviceSynchronize, rounds
+    )
+
+
+def to_host(data: list[Vector], rounds: int, bus_per_s: float) -> Iterator[Row]:
     """A model's chunks brought back, one after the other, as they are published."""
     layout, backend = layout_of(data[0].nbytes / 1e6), CupyBackend()
     chunks = [backend.load(data[0][at.start : at.stop]) for at in layout.chunks]
+    region = shared_memory.Region.create(layout, 1)
+    region.pins = [backend.pin(region.whole(0))]
 
-    def work() -> None:
+    def brought() -> None:
         for chunk in chunks:
             backend.host(chunk)
 
-    seconds = timed(work, lambda: None, rounds)
-    return Row("to the host, chunk by chunk", seconds, data[0].nbytes, "moved", bus_per_s)
+    def put() -> None:
+        for i, chunk in enumerate(chunks):
+            backend.put(chunk, region.chunk(0, i))
+        backend.wait()
+
+    for name, work in (("to the host, chunk by chunk", brought), ("into shared memory", put)):
+        seconds = timed(work, lambda: None, rounds)
+        yield Row(name, seconds, data[0].nbytes, "moved", bus_per_s)
 
 
 def disagreement(data: list[Vector]) -> float:
@@ -472,7 +520,9 @@ def main(quick: bool, workers: int, mb: float | None, rounds: int | None, file: 
     rows = [*copies, up, down, into_pinned(cupy, mb, rounds)]
     for mib in CHUNKS_MIB:
         rows += resident(cupy, data, mib, rounds, bandwidth)
-    rows += [from_host(cupy, data, rounds, up.per_s), to_host(data, rounds, down.per_s)]
+    rows.append(from_host(cupy, data, rounds, up.per_s))
+    rows += from_shared_memory(cupy, data, rounds, up.per_s)
+    rows += to_host(data, rounds, down.per_s)
     try:
         rows += hand_over(mb, rounds)
     except DeviceMemoryError as error:

@@ -17,6 +17,7 @@ import os
 import secrets
 import sys
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,11 @@ class Region:
         stamps: shape=(slots, chunks), dtype=int64.
         device: the memory in which the chunks lie, if that is a device's (`esync.device_memory.DeviceRegion`): they are
             CuPy arrays then. None: they lie beside their stamps.
+        pins: what is to live as long as the region does: it keeps its memory ready for a device.
     """
 
     device: Any = None
+    pins: Sequence[Any] = ()
 
     def __init__(self, layout: Layout, slots: int, memory: mmap.mmap, fd: int = -1) -> None:
         self.layout = layout

@@ -25,6 +25,7 @@ from collections import deque
 import numpy as np
 
 HANDLE_BYTES = 64
+READ_ONLY = 8
 ALIGNED = 512
 
 
@@ -95,6 +96,7 @@ def stand_in(gpu=None, seed=0):
     cupy.schedule = schedule = Schedule(seed)
     cupy.gpu = gpu
     cupy.pinned = []
+    cupy.registered = {}  # first address -> (one after the last, flags)
     memories = {}  # address -> weak reference to (memory, device)
     here = threading.local()
     addresses = itertools.count(1 << 40, 1 << 32)
@@ -278,8 +280,24 @@ def stand_in(gpu=None, seed=0):
         pinned.append((ctypes.addressof(memory), ctypes.addressof(memory) + len(memory)))
         return memory
 
-    def is_pinned(x):
-        return any(first <= x.ctypes.data < last for first, last in pinned)
+    def host_register(ptr, size, flags):
+        assert ptr % 4096 == size % 4096 == 0
+        assert flags in (0, READ_ONLY)
+        if ptr in cupy.registered:
+            raise CUDARuntimeError("cudaErrorHostMemoryAlreadyRegistered")
+        cupy.registered[ptr] = (ptr + size, flags)
+
+    def host_unregister(ptr):
+        del cupy.registered[ptr]
+
+    def is_pinned(x, *, for_writing=False):
+        """Whether a device can read a NumPy array by itself, or write to it."""
+        at = x.ctypes.data
+        registered = any(
+            first <= at and at + x.nbytes <= end and not (for_writing and flags)
+            for first, (end, flags) in cupy.registered.items()
+        )
+        return registered or any(first <= at < last for first, last in pinned)
 
     # Arrays
 
@@ -329,7 +347,7 @@ def stand_in(gpu=None, seed=0):
             source = self.now()
             schedule.brought_back.append(self.nbytes)
             stream.put(lambda: np.copyto(out, source))
-            if blocking or not is_pinned(out):
+            if blocking or not is_pinned(out, for_writing=True):
                 stream.synchronize()
             return out
 
@@ -461,6 +479,8 @@ def stand_in(gpu=None, seed=0):
             free=give,
             getDevice=current_device,
             getDeviceCount=lambda: len(gpu.uuids),
+            hostRegister=host_register,
+            hostUnregister=host_unregister,
             getDeviceProperties=lambda i: {"name": b"stand-in", "uuid": gpu.uuids[i]},
             ipcCloseMemHandle=ipc_close,
             ipcGetMemHandle=ipc_get,

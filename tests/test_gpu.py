@@ -17,6 +17,7 @@ from esync.device_memory import DeviceOffer, DeviceRegion, from_jax, to_jax, uns
 from esync.ps.backend import CupyBackend, NumpyBackend
 from esync.ps.kernels import FLAGS, MOST
 from esync.ps.staging import BUFFERS
+from esync.shared_memory import Region
 from esync.tensors import CHUNK_ELEMENTS, DELTA, Layout, Leaf
 from tests.cluster import Cluster
 
@@ -111,6 +112,30 @@ def test_sums_are_right_while_chunks_keep_coming():
     np.testing.assert_array_equal(gpu.host(total), np.full_like(source, count * (count - 1) // 2))
     for i, x in kept:
         np.testing.assert_array_equal(gpu.host(x), np.full_like(source, i))
+
+
+@needs_gpu
+def test_a_device_reads_and_writes_shared_memory_by_itself():
+    size = 3 * CHUNK_ELEMENTS + 17
+    layout = Layout((Leaf(DELTA, "w", (size,), "float32"),))
+    gpu, mine = CupyBackend(), Region.create(layout, 2)
+    theirs = Region.open(layout, 2, mine.offer("w", "x"))  # for reading only
+    theirs.pins = [gpu.pin(theirs.whole(slot)) for slot in range(2)]
+    mine.pins = [gpu.pin(mine.whole(1))]
+    assert None not in (*theirs.pins, *mine.pins)
+    for round in range(5):
+        mine.whole(0)[:] = x = vector(round, size)
+        there = [gpu.load(theirs.chunk(0, i), lasts=True) for i in range(len(layout.chunks))]
+        doubled = [gpu.scaled(x, 2.0) for x in there]
+        assert all(gpu.are_finite(doubled))
+        mine.whole(0)[:] = np.nan  # it has been read
+        for i, y in enumerate(doubled):
+            gpu.put(y, mine.chunk(1, i))
+        gpu.wait()
+        np.testing.assert_array_equal(theirs.whole(1), 2 * x)
+    theirs.pins = mine.pins = ()
+    np.testing.assert_array_equal(theirs.whole(1), 2 * x)
+    assert gpu.pin(theirs.whole(1)) is not None, "it was pinned still"
 
 
 @needs_gpu

@@ -26,6 +26,7 @@ from esync.ps.aggregation import MODEL, Mean, Published
 from esync.ps.backend import CupyBackend, NumpyBackend, backend_for
 from esync.ps.checkpoint import CHECKPOINTS, Checkpoints, model_name
 from esync.ps.server import TensorThread
+from esync.ps.staging import Staging
 from esync.shared_memory import MODEL_SLOTS, WRITING, Region
 from esync.tensors import DELTA, VALUE, Layout, Leaf
 from esync.worker import channel, pytree
@@ -374,6 +375,44 @@ def test_what_was_brought_to_the_device_is_not_kept_for_the_round(machine, chunk
     assert not any(lasting)
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("pins", [True, False])
+def test_a_device_itself_moves_what_is_in_shared_memory(machine, chunks, monkeypatch, pins, mode):
+    machine.index = 1
+    if not pins:
+        runtime = machine.of_servers.cuda.runtime
+        monkeypatch.setattr(runtime, "hostRegister", lambda *args: _raise(machine.of_servers))
+    loaded, brought = [], []
+    copied, host = Staging._copied, Staging.host
+
+    def count_loaded(self, x, event):
+        loaded.append(machine.of_servers.registered.keys() and event is self._moved)
+        return copied(self, x, event)
+
+    def count_brought(self, x):
+        brought.append(x.size)
+        return host(self, x)
+
+    monkeypatch.setattr(Staging, "_copied", count_loaded)
+    monkeypatch.setattr(Staging, "host", count_brought)
+    finals, used, thread = run_of(mode=mode, rounds=60)
+    assert used == {"w0": "host", "w1": "host"}
+    if not pins:
+        assert not any(loaded)
+    elif mode == "sync":
+        assert sum(map(bool, loaded)) > 0.5 * len(loaded)
+        assert sum(brought) < 0.5 * 60 * SIZE
+    else:
+        assert any(loaded)
+    if mode == "sync":
+        over, _, _ = run_of(mode=mode, rounds=60, shared_memory=False)
+        for a, b in zip(finals, over, strict=True):
+            np.testing.assert_array_equal(a, b)
+    del thread
+    gc.collect()
+    assert not machine.of_servers.registered
+
+
 def test_workers_without_cupy_use_memory_of_the_host(machine, chunks, monkeypatch):
     def unsupported():
         return "CuPy is not installed" if machine.cupy() is machine.of_workers else ""
@@ -662,12 +701,35 @@ def test_workers_that_come_and_go_leave_nothing_open(machine, chunks):
         server = cluster.ps.thread
         assert server is not None
         deadline = time.monotonic() + 20
-        while set(server._memories) != {"w-stays"} or len(machine.of_servers.opened) > 1:
-            assert time.monotonic() < deadline, (server._memories, machine.of_servers.opened)
+        there = machine.of_servers.opened, machine.of_servers.registered
+        while set(server._memories) != {"w-stays"} or len(there[0]) > 1 or there[1]:
+            assert time.monotonic() < deadline, (server._memories, there)
             time.sleep(0.01)
         cluster.state.stop("seen enough")
         cluster.finish()
         assert server._memories["w-stays"].device is not None
+
+
+def test_memory_of_the_host_is_pinned_as_long_as_a_worker_is_there(machine, chunks):
+    machine.index = 1
+    with Cluster(RunConfig(mode="sync", workers=1, rounds=10**6), device="cuda") as cluster:
+        cluster.train("w-stays", learner(1.0))
+        pinned, ours = machine.of_servers.registered, MODEL_SLOTS + 1
+
+        def visit(worker):
+            params = worker.start({"w": jnp.zeros(SIZE)})
+            while len(pinned) < ours + 1:
+                params = worker.step(params)
+
+        deadline = time.monotonic() + 20
+        for i in range(5):
+            cluster.train(f"w-visitor{i}", visit).result()
+            while len(pinned) > ours:
+                assert time.monotonic() < deadline, pinned
+                time.sleep(0.01)
+        assert len(pinned) == ours
+        cluster.state.stop("seen enough")
+        cluster.finish()
 
 
 def test_after_a_run_nothing_is_allocated_or_open(machine, chunks):

@@ -544,7 +544,7 @@ class TensorThread(threading.Thread):
         self._arrival[message.worker] = time.monotonic()
         if message.round == INITIAL:
             self._asked_at = time.monotonic()  # it is on its way
-        data = self._backend.load(update)
+        data = self._backend.load(update, lasts=shared)
         contribution = Contribution(
             message.worker,
             message.round,
@@ -578,6 +578,7 @@ class TensorThread(threading.Thread):
             return
         try:
             memory = device_memory.opened(self.whole, UPDATE_SLOTS, message, self._backend.cuda)
+            memory.pins = self._pinned(memory)
             self._memories[message.worker] = memory.part(self.whole.of_shard(self.shard))
             on_device = memory.device is not None
             if on_device not in self._models and self._mode.barrier:
@@ -600,6 +601,7 @@ class TensorThread(threading.Thread):
             region = device_memory.shared(self.layout, MODEL_SLOTS, index)
         else:
             region = Region.create(self.layout, MODEL_SLOTS)
+            region.pins = self._pinned(region)
 
         def room(version: int, chunk: int) -> Array:
             return region.begin(version % MODEL_SLOTS, chunk)
@@ -613,13 +615,19 @@ class TensorThread(threading.Thread):
             ]
             self._place([*whole, *aggregation.in_progress()])
 
+    def _pinned(self, region: Region) -> list[Any]:
+        """What keeps it pinned for the backend's device, if it lies in memory of the host."""
+        if region.device is not None:
+            return []
+        return [self._backend.pin(region.whole(slot)) for slot in range(len(region.stamps))]
+
     def _place(self, events: list[Published]) -> None:
         """Chunks of a version are final: have them in shared memory, if there is any."""
         for region in self._models.values():
             for event in events if region is not self._in_place else ():
                 room = region.begin(event.version % MODEL_SLOTS, event.chunk)
                 if region.device is None:
-                    np.copyto(room, self._backend.host(event.data))
+                    self._backend.put(event.data, room)
                 else:
                     self._backend.copied(event.data, room)
             self._backend.wait()  # a reader waits for nothing but the stamp

@@ -8,20 +8,27 @@ stream of the sums waits for that, the host does not. Three things are waited fo
 - memory of the device that a vector was loaded into, by the copying stream, for the sums that read it. Nobody has
   the vector any more by then, so every sum that ever reads it is on the stream already;
 - what is brought back, by the host, for that one copy: what it was computed from comes before it on the stream.
+
+Memory that other processes share with this one can be pinned where it is (`Staging.pin`): nothing is copied on the host
+then.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from esync.shared_memory import PAGE
 from esync.tensors import Vector
 
 BUFFERS = 4
 """Pinned buffers; and of each size so many on the device, before one is taken whose sums may not be done yet."""
+READ_ONLY = 8
+"""cudaHostRegisterReadOnly: of memory that is mapped for reading."""
 
 
 @dataclass(slots=True)
@@ -52,6 +59,16 @@ class _Loan:
         self.back.append(self.buffer)
 
 
+class Pin:
+    """Memory of the host stays pinned as long as somebody has this."""
+
+    def __init__(self, first: int, end: int) -> None:
+        self.first, self.end = first, end
+
+    def holds(self, x: Vector) -> bool:
+        return self.first <= x.ctypes.data < self.end
+
+
 class Staging:
     """The way onto one device and back. For one thread at a time.
 
@@ -66,12 +83,42 @@ class Staging:
         with device:
             self._copies = cupy.cuda.Stream(non_blocking=True)
             self._pinned = deque(_Pinned(self._event()) for _ in range(BUFFERS))
-            self._brought_back = self._event()
+            self._moved = self._event()
+        self._pins: weakref.WeakSet[Pin] = weakref.WeakSet()
         self._returned: deque[_Buffer] = deque()  # from any thread: whichever lets go of a vector
         self._free: dict[int, deque[_Buffer]] = {}  # bytes -> buffers, the longest unused first
 
-    def load(self, x: Vector) -> Any:
-        """The vector on the device. `x` is not looked at again."""
+    def pin(self, memory: Vector) -> Pin | None:
+        """Pin memory of the host, so that the device itself reads what is loaded from there and writes what is put
+        there; as long as the pin lives, and with it the memory. None: CUDA does not, and nothing changes."""
+        runtime = self._cupy.cuda.runtime
+        first = memory.ctypes.data // PAGE * PAGE
+        end = -(-(memory.ctypes.data + memory.nbytes) // PAGE) * PAGE
+        try:
+            with self._device:
+                runtime.hostRegister(first, end - first, 0 if memory.flags.writeable else READ_ONLY)
+        except runtime.CUDARuntimeError:
+            return None
+        pin = Pin(first, end)
+        weakref.finalize(pin, self._unpin, memory, first)
+        self._pins.add(pin)
+        return pin
+
+    def _unpin(self, memory: Vector, first: int) -> None:
+        """`memory` is still mapped: it is this call's."""
+        runtime = self._cupy.cuda.runtime
+        try:
+            with self._device:
+                self._copies.synchronize()
+                self._sums.synchronize()
+                runtime.hostUnregister(first)
+        except runtime.CUDARuntimeError:
+            pass  # the device, or the process, is going down
+
+    def load(self, x: Vector, *, lasts: bool = False) -> Any:
+        """The vector on the device. `x` is not looked at again; or, if it `lasts`, until a sum with it is done."""
+        if lasts and self._is_pinned(x):
+            return self._copied(x, self._moved)
         pinned = self._pinned[0]
         self._pinned.rotate(-1)
         pinned.copied.synchronize()
@@ -79,13 +126,17 @@ class Staging:
             pinned.memory = self._in_pinned_memory(x.size)
         staged = pinned.memory[: x.size]
         np.copyto(staged, x)
+        return self._copied(staged, pinned.copied)
+
+    def _copied(self, pinned: Vector, copied: Any) -> Any:
+        """A vector in pinned memory on the device; the event `copied` is the end of the copy."""
         with self._device:
-            buffer = self._buffer(x.nbytes)
-            loaded = self._lend(buffer, x.size)
+            buffer = self._buffer(pinned.nbytes)
+            loaded = self._lend(buffer, pinned.size)
             self._copies.wait_event(buffer.read)
-            loaded.set(staged, stream=self._copies)
-            pinned.copied.record(self._copies)
-            self._sums.wait_event(pinned.copied)
+            loaded.set(pinned, stream=self._copies)
+            copied.record(self._copies)
+            self._sums.wait_event(copied)
         return loaded
 
     def host(self, x: Any) -> Vector:
@@ -93,9 +144,20 @@ class Staging:
         brought = self._in_pinned_memory(x.size)
         with self._device:
             x.get(stream=self._sums, out=brought, blocking=False)
-            self._brought_back.record(self._sums)
-            self._brought_back.synchronize()
+            self._moved.record(self._sums)
+            self._moved.synchronize()
         return brought
+
+    def put(self, x: Any, out: Vector) -> None:
+        """Copy a vector into memory of the host. It is there when the stream of the sums is done."""
+        if self._is_pinned(out):
+            with self._device:
+                x.get(stream=self._sums, out=out, blocking=False)
+        else:
+            np.copyto(out, self.host(x))
+
+    def _is_pinned(self, x: Vector) -> bool:
+        return any(pin.holds(x) for pin in self._pins)
 
     def _event(self) -> Any:
         return self._cupy.cuda.Event(disable_timing=True)
