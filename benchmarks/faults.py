@@ -33,14 +33,13 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
-from esync import messages, transport
+from esync import messages, threads, transport
 
 console = Console(width=150)
 ENVIRONMENT = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-    "OMP_NUM_THREADS": "1",
+    **threads.variables(1),
     "PYTHONUNBUFFERED": "1",
 }
 STEP_S = (0.05, 0.05, 0.05, 0.08, 0.08, 0.1, 0.2, 0.3)

@@ -10,7 +10,6 @@ Fashion-MNIST split at random and by class; SSGD is given five times as long as 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -332,7 +331,6 @@ def main(
     file: Any,
 ) -> None:
     """Every algorithm on the cluster of Li et al. 2019, i.i.d. and by class, in virtual time."""
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     model = model or ("mlp" if quick else "cnn")
     seconds = seconds or (200.0 if quick else 1800.0)
     seeds = seeds or (1 if quick else 3)

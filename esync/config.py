@@ -410,6 +410,9 @@ class WorkerConfig:
     name: str = _option("", "The worker's id (default: host name and six digits by chance).")
     count: int = _option(1, "How many of these (esync-run).", low=1, high=10_000)
     device: str = _option("cpu", "Where to train: cpu, gpu or gpu:N.")
+    threads: int = _option(
+        0, "Threads to compute with on a CPU (0: one with esync-run, else one for each core).", low=0
+    )
     keys: str = _option(
         "",
         "The file NAME.key that esync-keys made for this worker (with esync-run: that of [state]).",

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from esync import threads
+
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    **threads.variables(1),
     "PYTHONUNBUFFERED": "1",
 }
 QUICK = ["--dataset", "digits", "--batch-size", "16", "--lr", "0.1"]

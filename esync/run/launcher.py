@@ -15,6 +15,7 @@ from typing import Any
 
 import tomli_w
 
+from esync import threads
 from esync.config import OWN, ClusterConfig, WorkerConfig, ps_names
 from esync.errors import ConfigError, EsyncError
 from esync.run_dir import endpoint_of
@@ -158,7 +159,7 @@ def roles_of(
         elif worker.host:
             command = ["esync-worker", *joins, "--name", name, "--rank", arguments[-1]]
             command += ["--device", worker.device, "--step-time", str(worker.step_time_s)]
-            command += ["--slowdown", str(worker.slowdown)]
+            command += ["--slowdown", str(worker.slowdown), "--threads", str(worker.threads)]
             command += ["--keys", worker.keys] if worker.keys else []
         roles.append(Role(name, command, env, directory / f"{name}.log", worker.host))
     return roles
@@ -187,10 +188,10 @@ def metrics_ports(cluster: ClusterConfig) -> list[int]:
 
 
 def environment_of(worker: WorkerConfig) -> dict[str, str]:
-    """Variables that let several workers share a machine: one compute thread each, no grabbing of GPU memory."""
+    """Variables that let several workers share a machine: one thread to compute with, if no more are asked for; no
+    grabbing of GPU memory."""
     if worker.device == "cpu":
-        flags = "--xla_cpu_multi_thread_eigen=false"
-        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "OMP_NUM_THREADS": "1"}
+        return {"JAX_PLATFORMS": "cpu", **threads.variables(worker.threads or 1)}
     return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 

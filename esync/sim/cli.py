@@ -55,7 +55,6 @@ def main(
       esync-sim clusters/paper-2019.toml --mode sync --duration 1800
     """
     cli.start_logging(verbose)
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     cluster = config.cluster(config.read(file), cli.given(values, RunConfig))
     check(cluster)
     directory = run_dir.results_directory(file, name, runs, cluster.run.mode, force)

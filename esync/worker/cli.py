@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from esync import cli, config
+from esync import cli, config, threads
 from esync.config import WorkerConfig
 from esync.errors import ConfigError
 from esync.journal import Journal
@@ -47,6 +48,8 @@ def main(
     settings = config.build(WorkerConfig, {**row, **options}, "workers")
     directory = make_directory(run_dir)
     endpoint = cli.state_endpoint(connect, raw)
+    if settings.threads:
+        os.environ.update(threads.variables(settings.threads))
     with cli.ended_at_once():
         from esync.worker import loop  # JAX takes a second to import: not for --help
         from esync.worker.client import Worker
