@@ -410,6 +410,7 @@ def receiver(pipe: Connection, mb: float) -> None:
     offers = told(pipe)
     host = shared_memory.Region.open(layout, 1, Offer(**offers["host"]))
     device = DeviceRegion.open(layout, 1, DeviceOffer(**offers["device"]))
+    device_memory.pinned(host, device.index)
     tell(pipe, ready=True)
     while "path" in (message := told(pipe)):
         if message["path"] == "device":
@@ -431,6 +432,7 @@ def hand_over(mb: float, rounds: int) -> Iterator[Row]:
     host = shared_memory.Region.create(layout, 1)
     array = jnp.arange(layout.size, dtype=jnp.float32)
     index = device_memory.from_jax(array).device.id
+    device_memory.pinned(host, index)
     device = DeviceRegion.create(layout, 1, index)
     with child(receiver, mb) as (pipe, _):
         offers = {"host": host.offer("w", "x"), "device": device.offer()}
@@ -447,7 +449,7 @@ def hand_over(mb: float, rounds: int) -> Iterator[Row]:
                 if path == "device":
                     device.write(0, 0, device_memory.from_jax(array))
                 else:
-                    np.copyto(host.whole(0), np.asarray(array))
+                    device_memory.put(device_memory.from_jax(array), host.whole(0))
                 tell(pipe, path=path)
                 told(pipe)
                 seconds.append(time.perf_counter() - began)

@@ -411,7 +411,9 @@ class WorkerConfig:
     count: int = _option(1, "How many of these (esync-run).", low=1, high=10_000)
     device: str = _option("cpu", "Where to train: cpu, gpu or gpu:N.")
     threads: int = _option(
-        0, "Threads to compute with on a CPU (0: one with esync-run, else one for each core).", low=0
+        0,
+        "Threads to compute with on a CPU (0: one with esync-run, else one for each core).",
+        low=0,
     )
     keys: str = _option(
         "",

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from esync.messages import Offer
+from esync.shared_memory import PAGE as HOST_PAGE
 from esync.shared_memory import Region, SharedMemoryError, boot_id
 from esync.tensors import Layout, Vector
 
@@ -33,6 +34,8 @@ ALIGNED = 512
 """Slots begin at multiples of so many bytes, as CUDA's own allocations do."""
 CUDA_MEMORY = 2
 """The device type of CUDA memory in DLPack."""
+READ_ONLY = 8
+"""CUDA's flag for memory of the host that is mapped for reading only."""
 
 _offered: set[bytes] = set()  # by this process: CUDA opens a handle in other processes only
 
@@ -267,6 +270,51 @@ def uuid_of(index: int | None) -> str:
     return "" if index is None or unsupported() else _uuid(_cupy(), index)
 
 
+class Pin:
+    """Memory of the host stays pinned, and mapped, as long as somebody has this."""
+
+    def __init__(self, memory: Vector) -> None:
+        at = memory.ctypes.data
+        self.first, self.end = (
+            at // HOST_PAGE * HOST_PAGE,
+            -(-(at + memory.nbytes) // HOST_PAGE) * HOST_PAGE,
+        )
+
+    def holds(self, x: Vector) -> bool:
+        """Whether a vector lies there."""
+        return self.first <= x.ctypes.data < self.end
+
+
+def pin(memory: Vector, index: int) -> Pin | None:
+    """Pin memory of the host that is there for long, the whole pages that it is on: a device copies from and to it by
+    itself then, at the speed of the bus, where else a thread of the host copies along. None: CUDA does not pin it, and
+    all is as before."""
+    if unsupported():
+        return None
+    cupy, made = _cupy(), Pin(memory)
+    runtime = cupy.cuda.runtime
+    try:
+        with cupy.cuda.Device(index):
+            flags = 0 if memory.flags.writeable else READ_ONLY
+            runtime.hostRegister(made.first, made.end - made.first, flags)
+    except runtime.CUDARuntimeError:
+        return None
+    weakref.finalize(made, _unpin, cupy, index, made.first, memory)
+    return made
+
+
+def pinned(region: Region, index: int | None) -> Region:
+    """A region of which what lies in memory of the host is pinned for a device, if that is to be."""
+    if index is not None and region.device is None:
+        region.pins = [pin(region.whole(slot), index) for slot in range(len(region.stamps))]
+    return region
+
+
+def _unpin(cupy: Any, index: int, first: int, memory: Vector) -> None:
+    """`memory` is this call's, so it is still mapped."""
+    _end(cupy, index, first, cupy.cuda.runtime.hostUnregister)
+
+
 def put(x: Array | Vector, target: Array | Vector) -> None:
     """Copy a vector into another as long, in whatever memory either lies. Returns when it is there.
 
@@ -276,11 +324,14 @@ def put(x: Array | Vector, target: Array | Vector) -> None:
     Raises:
         DeviceMemoryError: it is none of that, or on another device than `target`.
     """
-    if isinstance(target, np.ndarray):
-        np.copyto(target, on_host(x))
+    if isinstance(target, np.ndarray) and isinstance(x, np.ndarray):
+        np.copyto(target, x)
         return
     if x.dtype != np.float32 or not x.flags.c_contiguous:
         raise DeviceMemoryError(f"expected float32 without gaps, not {x.dtype} {x.shape}")
+    if isinstance(target, np.ndarray):
+        _read(x.reshape(-1), target)
+        return
     index = target.device.id
     if not isinstance(x, np.ndarray) and x.device.id != index:
         raise DeviceMemoryError(f"the array is on CUDA device {x.device.id}, the memory on {index}")
@@ -302,8 +353,12 @@ def on_host(x: Array | Vector) -> Vector:
     """
     if isinstance(x, np.ndarray):
         return x
+    return _read(x, None)
+
+
+def _read(x: Array, out: Vector | None) -> Vector:
     try:
-        vector: Vector = x.get()
+        vector: Vector = x.get(out=out)
     except _cupy().cuda.runtime.CUDARuntimeError as error:
         raise DeviceMemoryError(f"the device's memory cannot be read: {error}") from error
     return vector

@@ -281,16 +281,19 @@ with Worker(endpoint, name=f"w{rank}", rank=rank) as worker:
     while not worker.stopped:
         params = worker.step({name: x - 0.2 * (x - rank) for name, x in params.items()})
     channels = worker._link._channels
-    lanes = [bool(c.puts and c.whole.device is not None) for c in channels]
+    lanes = ["sockets" if not c.puts else "host" if c.whole.device is None else "device" for c in channels]
+    for c in channels:  # what is shared through the host is pinned, on both sides
+        for region in (c.whole, c.assembly._region) if c.puts and c.whole.device is None else ():
+            assert region.pins and None not in region.pins, region.pins
     final = np.concatenate([np.asarray(x) for x in params.values()])
     print(json.dumps([lanes, hashlib.sha256(final.tobytes()).hexdigest(), float(final.mean())]))
 """
 
 
-def run_of(**options):
+def run_of(device="cuda", **options):
     """(lane of each server, digest and mean of the model) of each worker at the end of a run of processes."""
     config = RunConfig(mode="sync", workers=3, rounds=60, **options)  # 1/3 is rounded
-    with Cluster(config, "tcp", device="cuda") as cluster:
+    with Cluster(config, "tcp", device=device) as cluster:
         workers = [
             subprocess.Popen(
                 [sys.executable, "-c", WORKER, cluster.endpoint, str(rank)],
@@ -315,9 +318,22 @@ def test_a_run_through_device_memory_makes_the_model_that_one_over_sockets_does(
     if jax.default_backend() != "gpu":
         pytest.skip("JAX sees no GPU: pip install 'esync[cuda12]'")
     through, over = run_of(ps=ps), run_of(ps=ps, shared_memory=False)
-    assert [lanes for lanes, _, _ in through] == [[True] * ps] * 3
-    assert [lanes for lanes, _, _ in over] == [[False] * ps] * 3
+    assert [lanes for lanes, _, _ in through] == [["device"] * ps] * 3
+    assert [lanes for lanes, _, _ in over] == [["sockets"] * ps] * 3
     assert len({digest for _, digest, _ in (*through, *over)}) == 1
+    assert abs(through[0][2] - 1.0) < 0.01
+
+
+@needs_gpu
+@pytest.mark.processes
+def test_workers_on_a_gpu_share_the_host_s_memory_with_a_server_on_the_cpu():
+    import jax
+
+    if jax.default_backend() != "gpu":
+        pytest.skip("JAX sees no GPU: pip install 'esync[cuda12]'")
+    through = run_of(device="cpu")
+    assert [lanes for lanes, _, _ in through] == [["host"]] * 3
+    assert len({digest for _, digest, _ in through}) == 1
     assert abs(through[0][2] - 1.0) < 0.01
 
 

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from esync.compression import is_finite, squared_norm
+from esync.device_memory import Pin
 from esync.errors import DeviceError
 from esync.ps.kernels import MOST, Kernels, Look
-from esync.ps.staging import Pin, Staging
+from esync.ps.staging import Staging
 from esync.tensors import Vector
 
 Array = Any

@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from esync.shared_memory import PAGE
+from esync import device_memory
+from esync.device_memory import Pin
 from esync.tensors import Vector
 
 BUFFERS = 4
 """Pinned buffers; and of each size so many on the device, before one is taken whose sums may not be done yet."""
-READ_ONLY = 8
-"""cudaHostRegisterReadOnly: of memory that is mapped for reading."""
 
 
 @dataclass(slots=True)
@@ -59,16 +58,6 @@ class _Loan:
         self.back.append(self.buffer)
 
 
-class Pin:
-    """Memory of the host stays pinned as long as somebody has this."""
-
-    def __init__(self, first: int, end: int) -> None:
-        self.first, self.end = first, end
-
-    def holds(self, x: Vector) -> bool:
-        return self.first <= x.ctypes.data < self.end
-
-
 class Staging:
     """The way onto one device and back. For one thread at a time.
 
@@ -89,31 +78,12 @@ class Staging:
         self._free: dict[int, deque[_Buffer]] = {}  # bytes -> buffers, the longest unused first
 
     def pin(self, memory: Vector) -> Pin | None:
-        """Pin memory of the host, so that the device itself reads what is loaded from there and writes what is put
-        there; as long as the pin lives, and with it the memory. None: CUDA does not, and nothing changes."""
-        runtime = self._cupy.cuda.runtime
-        first = memory.ctypes.data // PAGE * PAGE
-        end = -(-(memory.ctypes.data + memory.nbytes) // PAGE) * PAGE
-        try:
-            with self._device:
-                runtime.hostRegister(first, end - first, 0 if memory.flags.writeable else READ_ONLY)
-        except runtime.CUDARuntimeError:
-            return None
-        pin = Pin(first, end)
-        weakref.finalize(pin, self._unpin, memory, first)
-        self._pins.add(pin)
+        """`device_memory.pin`; what is loaded from there and is to last is not copied on the host then, nor what is put
+        there."""
+        pin = device_memory.pin(memory, self._device.id)
+        if pin is not None:
+            self._pins.add(pin)
         return pin
-
-    def _unpin(self, memory: Vector, first: int) -> None:
-        """`memory` is still mapped: it is this call's."""
-        runtime = self._cupy.cuda.runtime
-        try:
-            with self._device:
-                self._copies.synchronize()
-                self._sums.synchronize()
-                runtime.hostUnregister(first)
-        except runtime.CUDARuntimeError:
-            pass  # the device, or the process, is going down
 
     def load(self, x: Vector, *, lasts: bool = False) -> Any:
         """The vector on the device. `x` is not looked at again; or, if it `lasts`, until a sum with it is done."""

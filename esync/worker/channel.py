@@ -15,7 +15,7 @@ import zmq
 
 from esync import messages, transport
 from esync.compression import Compressor, Payload
-from esync.device_memory import Array, on_host, opened, put
+from esync.device_memory import Array, on_host, opened, pinned, put
 from esync.fault_log import FaultLog
 from esync.handshake import Token
 from esync.keys import ClientKeys
@@ -342,7 +342,8 @@ class Channel:
         try:
             if offer.fd >= 0:  # else only updates go through shared memory
                 index = self._cuda() if offer.device else None
-                self._share(opened(self.assembly.layout, MODEL_SLOTS, offer, index))
+                region = opened(self.assembly.layout, MODEL_SLOTS, offer, index)
+                self._share(pinned(region, self._cuda()))
             self.puts = True
         except SharedMemoryError as error:
             self._say_why(str(error))

@@ -239,7 +239,9 @@ class Link(threading.Thread):
             self._memories[on_device] = None
             try:
                 if index is None:
-                    made = Region.create(model.layout, UPDATE_SLOTS)
+                    made = device_memory.pinned(
+                        Region.create(model.layout, UPDATE_SLOTS), self.shared.cuda()
+                    )
                 else:
                     made = device_memory.shared(model.layout, UPDATE_SLOTS, index)
                 self._memories[on_device] = made

@@ -258,19 +258,20 @@ class _OnDevice:
         self._packer = packer
         self._pack, self._unpack = jax.jit(self._packed), jax.jit(self._unpacked)
         self._merge = jax.jit(self._merged)
+        try:
+            one = jax.device_put(np.zeros(1, np.float32), packer._device)
+            self._cuda: int | None = int(device_memory.from_jax(one).device.id)
+        except DeviceMemoryError:
+            self._cuda = None
 
     def cuda(self) -> int | None:
-        try:
-            one = jax.device_put(np.zeros(1, np.float32), self._packer._device)
-            return int(device_memory.from_jax(one).device.id)
-        except DeviceMemoryError:
-            return None
+        return self._cuda
 
     def pack(self, leaves: list[Any], base: Any, out: Vector | Array | None) -> Vector | Array:
         flat = self._pack(leaves, jnp.float32(0) if base is None else base)
         if out is None:
             return np.asarray(flat)
-        if isinstance(out, np.ndarray):
+        if isinstance(out, np.ndarray) and self._cuda is None:
             out[:] = np.asarray(flat)
         else:
             device_memory.put(device_memory.from_jax(flat), out)
