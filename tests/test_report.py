@@ -15,7 +15,7 @@ from rich.console import Console
 
 from esync.errors import ConfigError, DataError
 from esync.report import cli, watch
-from esync.report.compare import sections, speed_up, title
+from esync.report.compare import UNEQUAL, advice, sections, speed_up, title
 from esync.report.logs import LogReader
 from esync.report.page import inline_svg
 from esync.report.runs import build, entries, load, with_distinct_names
@@ -70,6 +70,35 @@ def test_the_table_tells_time_speed_traffic_and_computing_of_each_run():
         "computing: fast, cpu 250 ms": ["50%", "50%"],
         "computing: slow, cpu 1000 ms": ["67%", "67%"],
     }
+
+
+def unequal(steps, **fields):
+    """A run with a worker `fast` that was there for 10 s and made so many steps, and a `slow` one with two stays, of 8
+    s together, and four steps."""
+    stays = [
+        ("fast", steps, 0.0, 10.0),
+        ("slow", 1, 0.0, 5.0),
+        ("slow", 3, 7.0, 10.0),
+        ("late", 0, 9.0, 9.0),
+    ]
+    keys = "name", "steps", "joined_s", "left_s"
+    run = {"weights": "equal", **fields.pop("run", {})}
+    workers = [dict(zip(keys, stay, strict=True)) for stay in stays]
+    return {"mode": "esync", "split": "iid", "run": run, "workers": workers, **fields}
+
+
+def test_where_one_worker_steps_far_more_often_another_weighting_is_advised():
+    said = advice(unequal(5 * UNEQUAL + 5))
+    assert "fast made 21 local steps for each of slow's" in said
+    assert "--weights samples, or go without slow" in said
+    for other in (
+        unequal(5 * UNEQUAL - 5),
+        unequal(500, split="by-class"),
+        unequal(500, run={"weights": "samples"}),
+        unequal(500, mode="async"),
+        {**unequal(500), "workers": []},
+    ):
+        assert advice(other) == ""
 
 
 def test_a_target_that_was_reached_at_once_has_no_speed_up():

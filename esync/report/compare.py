@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 
 from rich.table import Table
 
+from esync.algorithms import algorithm
 from esync.errors import DataError
 from esync.state.history import TOTALS, compute_ratio
 
+UNEQUAL = 20
+"""Steps of one worker for each of another's from which on it is said that both count the same."""
 MANY = 24
 """Workers that get a row each; of more than so many the least, the mean and the greatest are told."""
 
@@ -113,6 +117,26 @@ def comparison(summaries: list[dict[str, Any]]) -> Table:
         for row in group:
             table.add_row(row.label, *row.cells)
     return table
+
+
+def advice(summary: dict[str, Any]) -> str:
+    """What to try after a run in which one worker stepped far more often than another, and each update counted the
+    same; empty where there is nothing to say. (By class, counting by samples would leave a class to who is slow.)"""
+    equal = summary.get("run", {}).get("weights") == "equal"
+    if not equal or summary.get("split") != "iid" or not algorithm(summary["mode"]).barrier:
+        return ""
+    steps, present_s = Counter[str](), Counter[str]()
+    for stay in summary["workers"]:
+        steps[stay["name"]] += stay["steps"]
+        present_s[stay["name"]] += stay["left_s"] - stay["joined_s"]
+    paces = sorted((steps[name] / present_s[name], name) for name in steps if steps[name])
+    if not paces or paces[-1][0] < UNEQUAL * paces[0][0]:
+        return ""
+    (least, slowest), (most, fastest) = paces[0], paces[-1]
+    return (
+        f"{fastest} made {most / least:.0f} local steps for each of {slowest}'s, and their updates counted the same: "
+        f"try --weights samples, or go without {slowest}"
+    )
 
 
 def _times(summaries: list[dict[str, Any]]) -> list[Row]:

@@ -22,7 +22,7 @@ from esync.errors import ConfigError, EsyncError, ProtocolError
 from esync.keys import ClientKeys, load_client
 from esync.messages import Leave
 from esync.ps import checkpoint
-from esync.report.compare import comparison, read_summary
+from esync.report.compare import advice, comparison, read_summary
 from esync.run import launcher, view
 from esync.run.launcher import Role
 from esync.state.server import saved_in
@@ -368,6 +368,8 @@ class _Run:
                 f"{row['name']} left after {row['left_s']:.1f} s: {row['left_why']}",
                 highlight=False,
             )
+        if said := advice(summary):
+            self.console.print(said, highlight=False)
         if "evaluator" in self.lost:
             self.console.print("the evaluator died: the last accuracies are missing")
         self.console.print(f"results: {self.directory}", highlight=False)

@@ -17,7 +17,7 @@ from esync import cli, config, run_dir
 from esync.algorithms import algorithm
 from esync.config import OWN, ClusterConfig, RunConfig
 from esync.errors import ConfigError, EsyncError
-from esync.report.compare import comparison, read_summary
+from esync.report.compare import advice, comparison, read_summary
 from esync.run import launcher
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def _sum_up(mode: str, directory: Path) -> None:
         summary = read_summary(directory)
         console.print(f"{algorithm(mode).summary}\nended: {summary['ended']}")
         console.print(comparison([summary]))
+        if said := advice(summary):
+            console.print(said, highlight=False)
         console.print(f"virtual time; results: {directory}", highlight=False)
 
 

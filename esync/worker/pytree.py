@@ -289,11 +289,8 @@ class _OnDevice:
         return leaves, base
 
     def _there(self, parts: Parts) -> Any:
-        """The parts as arrays of JAX's own; nothing that is compiled sees another process's memory.
-
-        With the parts lent instead, one run of a ResNet-18 on an H200 failed here (CUDA: invalid argument, in copies
-        that JAX replays). Why is not known, nor whether this mends it (docs/results/gpu.md).
-        """
+        """The parts as arrays of JAX's own. Nothing that is compiled may see another process's memory: XLA replays
+        copies as a CUDA graph, which fails with memory of another mapping than before (docs/results/gpu.md)."""
         own = device_memory.to_jax
         arrays = [part if isinstance(part, np.ndarray) else own(part) for part in parts]
         return jax.device_put(arrays, self._packer._device)
