@@ -303,7 +303,7 @@ def from_shared_memory(
 ) -> Iterator[Row]:
     """Averaging what lies in workers' shared memory, mapped as the parameter server maps it, and pinned there."""
     layout, backend = layout_of(data[0].nbytes / 1e6), CupyBackend()
-    owned, mapped, pins, pinning = [], [], [], []
+    owned, mapped, pinning = [], [], []
     for x in data[1:]:
         region = shared_memory.Region.create(layout, shared_memory.UPDATE_SLOTS)
         region.whole(0)[:] = x
@@ -311,10 +311,10 @@ def from_shared_memory(
         offer = region.offer("w", "x")
         mapped.append(shared_memory.Region.open(layout, shared_memory.UPDATE_SLOTS, offer))
         began = time.perf_counter()
-        pins.append(backend.pin(mapped[-1].whole(0)))
+        device_memory.pinned(mapped[-1], backend.cuda, waits=False)
         pinning.append(time.perf_counter() - began)
-    if None in pins:
-        raise RuntimeError("CUDA does not pin shared memory here")
+        if mapped[-1].pin is None:
+            raise RuntimeError("CUDA does not pin shared memory here")
     size = data[0].nbytes
     yield Row(f"pinning {size / 1e6:g} MB of a worker's shared memory", pinning, size, "pinned")
     seconds = _averaging(
@@ -322,7 +322,7 @@ def from_shared_memory(
         backend,
         data,
         rounds,
-        lambda rank, i: backend.load(mapped[rank].chunk(0, i), lasts=True),
+        lambda rank, i: backend.load(mapped[rank].chunk(0, i), pinned=True),
     )
     moved = sum(x.nbytes for x in data[1:])
     yield Row("from workers' shared memory", seconds, moved, "of updates", bus_per_s)
@@ -347,8 +347,7 @@ def to_host(data: list[Vector], rounds: int, bus_per_s: float) -> Iterator[Row]:
     """A model's chunks brought back, one after the other, as they are published."""
     layout, backend = layout_of(data[0].nbytes / 1e6), CupyBackend()
     chunks = [backend.load(data[0][at.start : at.stop]) for at in layout.chunks]
-    region = shared_memory.Region.create(layout, 1)
-    region.pins = [backend.pin(region.whole(0))]
+    region = device_memory.pinned(shared_memory.Region.create(layout, 1), backend.cuda)
 
     def brought() -> None:
         for chunk in chunks:
@@ -356,7 +355,7 @@ def to_host(data: list[Vector], rounds: int, bus_per_s: float) -> Iterator[Row]:
 
     def put() -> None:
         for i, chunk in enumerate(chunks):
-            backend.put(chunk, region.chunk(0, i))
+            backend.put(chunk, region.chunk(0, i), pinned=region.pin is not None)
         backend.wait()
 
     for name, work in (("to the host, chunk by chunk", brought), ("into shared memory", put)):

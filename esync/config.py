@@ -153,7 +153,8 @@ class RunConfig:
     chunk_mib: int = _option(
         0,
         "MiB of a chunk, in which models and updates travel and are averaged; over sockets more costs memory. "
-        "auto: 4 if the run starts with up to 4 workers, else 2; 32 where the cluster file has all on one GPU.",
+        "auto: 4 if the run starts with up to 4 workers, else 2; 32 where the cluster file has "
+        "all on one GPU, with a barrier, shared memory and no compression.",
         low=0,
         high=64,
         words={"auto": 0},
@@ -330,8 +331,9 @@ class RunConfig:
         return self.chunk_mib or (2 * CHUNK_MIB if self.workers <= 4 else CHUNK_MIB)
 
     @property
-    def through_devices(self) -> bool:
-        """Whether whoever can exchanges through memory of a GPU."""
+    def pays_large_chunks(self) -> bool:
+        """Whether workers on the parameter server's GPU gain by chunks of `GPU_CHUNK_MIB`: updates and models are both
+        word of what lies in its memory then."""
         return self.shared_memory and self.compression == "none" and algorithm(self.mode).barrier
 
     def cut(self, layout: Layout) -> Layout:
@@ -412,7 +414,7 @@ class WorkerConfig:
     device: str = _option("cpu", "Where to train: cpu, gpu or gpu:N.")
     threads: int = _option(
         0,
-        "Threads to compute with on a CPU (0: one with esync-run, else one for each core).",
+        "Threads to compute with on a CPU (0: one if esync-run starts it here, else one for each core).",
         low=0,
     )
     keys: str = _option(
@@ -644,7 +646,7 @@ def cluster(raw: dict[str, Any], overrides: dict[str, Any] | None = None) -> Clu
         run["workers"] = 1
     run.setdefault("workers", sum(group.count for group in workers if not group.join_s))
     checked, ps = build(RunConfig, run, "run"), build(PsConfig, raw.get("ps", {}), "ps")
-    if not checked.chunk_mib and checked.through_devices and _on_one_gpu(ps, workers):
+    if not checked.chunk_mib and checked.pays_large_chunks and _on_one_gpu(ps, workers):
         checked = dataclasses.replace(checked, chunk_mib=GPU_CHUNK_MIB)
     return ClusterConfig(
         run=checked,

@@ -270,49 +270,46 @@ def uuid_of(index: int | None) -> str:
     return "" if index is None or unsupported() else _uuid(_cupy(), index)
 
 
-class Pin:
+class _Pin:
     """Memory of the host stays pinned, and mapped, as long as somebody has this."""
 
-    def __init__(self, memory: Vector) -> None:
-        at = memory.ctypes.data
-        self.first, self.end = (
-            at // HOST_PAGE * HOST_PAGE,
-            -(-(at + memory.nbytes) // HOST_PAGE) * HOST_PAGE,
-        )
 
-    def holds(self, x: Vector) -> bool:
-        """Whether a vector lies there."""
-        return self.first <= x.ctypes.data < self.end
+def pinned(region: Region, index: int | None, *, waits: bool = True) -> Region:
+    """The region, of which what lies in memory of the host is pinned for a device, if CUDA does that: the device copies
+    from and to it by itself then, at the speed of the bus, where else a thread of the host copies along.
 
-
-def pin(memory: Vector, index: int) -> Pin | None:
-    """Pin memory of the host that is there for long, the whole pages that it is on: a device copies from and to it by
-    itself then, at the speed of the bus, where else a thread of the host copies along. None: CUDA does not pin it, and
-    all is as before."""
-    if unsupported():
-        return None
-    cupy, made = _cupy(), Pin(memory)
+    Args:
+        index: the device; None: there is none, and nothing happens.
+        waits: whoever copies waits until that is done. Else who lets go of the region waits for the device.
+    """
+    if index is None or region.device is not None or unsupported():
+        return region
+    cupy, pin = _cupy(), _Pin()
     runtime = cupy.cuda.runtime
     try:
         with cupy.cuda.Device(index):
-            flags = 0 if memory.flags.writeable else READ_ONLY
-            runtime.hostRegister(made.first, made.end - made.first, flags)
+            for slot in range(len(region.stamps)):
+                memory = region.extent(slot)
+                first = memory.ctypes.data // HOST_PAGE * HOST_PAGE
+                end = -(-(memory.ctypes.data + memory.nbytes) // HOST_PAGE) * HOST_PAGE
+                flags = 0 if memory.flags.writeable else READ_ONLY
+                runtime.hostRegister(first, end - first, flags)
+                weakref.finalize(pin, _unpin, cupy, index, first, memory, waits)
     except runtime.CUDARuntimeError:
-        return None
-    weakref.finalize(made, _unpin, cupy, index, made.first, memory)
-    return made
-
-
-def pinned(region: Region, index: int | None) -> Region:
-    """A region of which what lies in memory of the host is pinned for a device, if that is to be."""
-    if index is not None and region.device is None:
-        region.pins = [pin(region.whole(slot), index) for slot in range(len(region.stamps))]
+        return region
+    region.pin = pin
     return region
 
 
-def _unpin(cupy: Any, index: int, first: int, memory: Vector) -> None:
+def _unpin(cupy: Any, index: int, first: int, memory: Vector, waits: bool) -> None:
     """`memory` is this call's, so it is still mapped."""
-    _end(cupy, index, first, cupy.cuda.runtime.hostUnregister)
+    try:
+        with cupy.cuda.Device(index):
+            if not waits:
+                cupy.cuda.runtime.deviceSynchronize()
+            cupy.cuda.runtime.hostUnregister(first)
+    except cupy.cuda.runtime.CUDARuntimeError:
+        pass  # the device, or the process, is going down
 
 
 def put(x: Array | Vector, target: Array | Vector) -> None:

@@ -17,7 +17,6 @@ import os
 import secrets
 import sys
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +61,11 @@ class Region:
         stamps: shape=(slots, chunks), dtype=int64.
         device: the memory in which the chunks lie, if that is a device's (`esync.device_memory.DeviceRegion`): they are
             CuPy arrays then. None: they lie beside their stamps.
-        pins: what is to live as long as the region does: it keeps its memory ready for a device.
+        pin: keeps its memory pinned for a device (`esync.device_memory.pinned`); None: it is not.
     """
 
     device: Any = None
-    pins: Sequence[Any] = ()
+    pin: Any = None
 
     def __init__(self, layout: Layout, slots: int, memory: mmap.mmap, fd: int = -1) -> None:
         self.layout = layout
@@ -173,6 +172,10 @@ class Region:
         """One chunk of it."""
         at = self._chunks[chunk]
         return self._slots[slot][at.start : at.stop]
+
+    def extent(self, slot: int) -> Vector:
+        """From the first to the last of the chunks that are seen."""
+        return self._slots[slot][self._chunks[0].start : self._chunks[-1].stop]
 
     def lends(self, slot: int, chunk: int, x: Any) -> bool:
         """Whether a vector is this chunk itself, and not a copy."""

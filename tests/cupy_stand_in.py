@@ -288,7 +288,20 @@ def stand_in(gpu=None, seed=0):
         cupy.registered[ptr] = (ptr + size, flags)
 
     def host_unregister(ptr):
-        del cupy.registered[ptr]
+        end, _ = cupy.registered.pop(ptr)
+        assert not any(ptr <= at < end for at in in_flight), "a copy is not done"
+
+    in_flight = []  # addresses of the host's memory that a stream will read or write
+
+    def later(stream, x, what):
+        """Put a copy on a stream that reads or writes `x`, in memory of the host."""
+        in_flight.append(x.ctypes.data)
+
+        def run():
+            in_flight.remove(x.ctypes.data)
+            what()
+
+        stream.put(run)
 
     def is_pinned(x, *, for_writing=False):
         """Whether a device can read a NumPy array by itself, or write to it."""
@@ -338,7 +351,7 @@ def stand_in(gpu=None, seed=0):
                 schedule.pageable += 1
                 arr = arr.copy()  # CUDA stages it itself
             target = self.now()
-            (stream or get_current_stream()).put(lambda: np.copyto(target, arr))
+            later(stream or get_current_stream(), arr, lambda: np.copyto(target, arr))
 
         def get(self, stream=None, order="C", out=None, blocking=True):
             stream = stream or get_current_stream()
@@ -346,7 +359,7 @@ def stand_in(gpu=None, seed=0):
             assert (out.dtype, out.shape) == (self.dtype, self.shape)
             source = self.now()
             schedule.brought_back.append(self.nbytes)
-            stream.put(lambda: np.copyto(out, source))
+            later(stream, out, lambda: np.copyto(out, source))
             if blocking or not is_pinned(out, for_writing=True):
                 stream.synchronize()
             return out

@@ -23,6 +23,7 @@ from esync.run_dir import results_directory
 from esync.sim import cli as sim_cli
 from esync.status import cli as status_cli
 from esync.version import VERSION
+from esync.worker import cli as worker_cli
 
 
 def run(command: Any, *arguments: str, name: str = "python -m esync.some.cli") -> Result:
@@ -199,3 +200,12 @@ def test_what_a_gpu_trains_is_evaluated_on_it(tmp_path, workers, device, variabl
     assert evaluator.name == "evaluator"
     assert evaluator.command[evaluator.command.index("--device") + 1] == device
     assert variable in evaluator.environment
+
+
+def test_an_evaluator_is_where_it_is_told_to_be(tmp_path):
+    """Or nowhere: it says so before it joins."""
+    result = CliRunner().invoke(
+        worker_cli.main, ["--connect", "tcp://127.0.0.1:1", "--evaluate", "--device", "gpu:7"]
+    )
+    assert result.exit_code == 1
+    assert "device 'gpu:7': " in result.output

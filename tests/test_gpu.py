@@ -13,7 +13,7 @@ import pytest
 
 from esync.compression import is_finite
 from esync.config import RunConfig
-from esync.device_memory import DeviceOffer, DeviceRegion, from_jax, to_jax, unsupported
+from esync.device_memory import DeviceOffer, DeviceRegion, from_jax, pinned, to_jax, unsupported
 from esync.ps.backend import CupyBackend, NumpyBackend
 from esync.ps.kernels import FLAGS, MOST
 from esync.ps.staging import BUFFERS
@@ -120,22 +120,21 @@ def test_a_device_reads_and_writes_shared_memory_by_itself():
     layout = Layout((Leaf(DELTA, "w", (size,), "float32"),))
     gpu, mine = CupyBackend(), Region.create(layout, 2)
     theirs = Region.open(layout, 2, mine.offer("w", "x"))  # for reading only
-    theirs.pins = [gpu.pin(theirs.whole(slot)) for slot in range(2)]
-    mine.pins = [gpu.pin(mine.whole(1))]
-    assert None not in (*theirs.pins, *mine.pins)
+    for region in (theirs, mine):
+        assert pinned(region, 0, waits=False).pin is not None
     for round in range(5):
         mine.whole(0)[:] = x = vector(round, size)
-        there = [gpu.load(theirs.chunk(0, i), lasts=True) for i in range(len(layout.chunks))]
+        there = [gpu.load(theirs.chunk(0, i), pinned=True) for i in range(len(layout.chunks))]
         doubled = [gpu.scaled(x, 2.0) for x in there]
         assert all(gpu.are_finite(doubled))
         mine.whole(0)[:] = np.nan  # it has been read
         for i, y in enumerate(doubled):
-            gpu.put(y, mine.chunk(1, i))
+            gpu.put(y, mine.chunk(1, i), pinned=True)
         gpu.wait()
         np.testing.assert_array_equal(theirs.whole(1), 2 * x)
-    theirs.pins = mine.pins = ()
+    theirs.pin = mine.pin = None
     np.testing.assert_array_equal(theirs.whole(1), 2 * x)
-    assert gpu.pin(theirs.whole(1)) is not None, "it was pinned still"
+    assert pinned(theirs, 0).pin is not None, "it was pinned still"
 
 
 @needs_gpu
@@ -284,7 +283,7 @@ with Worker(endpoint, name=f"w{rank}", rank=rank) as worker:
     lanes = ["sockets" if not c.puts else "host" if c.whole.device is None else "device" for c in channels]
     for c in channels:  # what is shared through the host is pinned, on both sides
         for region in (c.whole, c.assembly._region) if c.puts and c.whole.device is None else ():
-            assert region.pins and None not in region.pins, region.pins
+            assert region.pin is not None
     final = np.concatenate([np.asarray(x) for x in params.values()])
     print(json.dumps([lanes, hashlib.sha256(final.tobytes()).hexdigest(), float(final.mean())]))
 """

@@ -360,16 +360,17 @@ def test_workers_on_another_device_than_the_server_s_use_memory_of_the_host(mach
 
 def test_what_was_brought_to_the_device_is_not_kept_for_the_round(machine, chunks, monkeypatch):
     """It is not in its sender's memory, but in the server's: as much as a model for each worker."""
-    machine.index, lasting, real = 1, [], Mean.receive
+    machine.index, lasting, real = 1, [], Mean.take
 
-    def receive(self, update):
+    def take(self, update):
         lasting.append(update.lasts)
         return real(self, update)
 
-    monkeypatch.setattr(Mean, "receive", receive)
+    monkeypatch.setattr(Mean, "take", take)
     _, used, thread = run_of(mode="sync", rounds=20)
     assert used == {"w0": "host", "w1": "host"}
     assert thread.bytes_shared > 0
+    assert lasting
     assert not any(lasting)
 
 
@@ -434,6 +435,8 @@ def test_a_server_on_the_cpu_does_not_know_of_devices(machine, chunks, monkeypat
     assert used == {"w0": "host", "w1": "host"}
     assert not machine.regions
     assert not machine.of_servers.registered
+    brought = sum(machine.of_workers.schedule.brought_back)
+    assert brought > 0.9 * thread.bytes_up, "an update leaves the device by one copy"
     # Each worker pins its own memory, and both slots of the server's, for its device.
     assert sorted(pinned) == [0, 0, *[READ_ONLY] * 4]
     gc.collect()
@@ -782,6 +785,33 @@ def test_a_chunk_is_told_from_its_copy(machine, layout, on_device):
     assert mine.lends(1, 2, mine.chunk(1, 2))
     assert not mine.lends(0, 2, mine.chunk(1, 2))
     assert not mine.lends(1, 2, backend.copied(mine.chunk(1, 2)))
+
+
+def test_memory_is_unpinned_when_what_is_copied_from_it_has_been(machine, layout):
+    region, backend = Region.create(layout, 2), backend_for("cuda:1")
+    region.whole(1)[:] = vector(3)
+    device_memory.pinned(region, 1, waits=False)
+    assert len(machine.of_servers.registered) == 2
+    there = [backend.load(region.chunk(1, i), pinned=True) for i in range(len(layout.chunks))]
+    assert np.isnan(there[0].now()).all(), "the stand-in has not copied yet"
+    region.pin = None
+    assert not machine.of_servers.registered
+    np.testing.assert_array_equal(np.concatenate([x.now() for x in there]), vector(3))
+
+
+def test_where_one_slot_cannot_be_pinned_none_is(machine, layout, monkeypatch):
+    runtime, calls = machine.of_servers.cuda.runtime, []
+    real = runtime.hostRegister
+
+    def register(*arguments):
+        calls.append(arguments)
+        _raise(machine.of_servers) if len(calls) == 2 else real(*arguments)
+
+    monkeypatch.setattr(runtime, "hostRegister", register)
+    region = device_memory.pinned(Region.create(layout, 2), 0)
+    assert len(calls) == 2
+    assert region.pin is None
+    assert not machine.of_servers.registered
 
 
 def test_a_vector_is_put_from_and_to_any_memory(machine):

@@ -79,18 +79,22 @@ def unequal(steps, **fields):
         ("fast", steps, 0.0, 10.0),
         ("slow", 1, 0.0, 5.0),
         ("slow", 3, 7.0, 10.0),
-        ("late", 0, 9.0, 9.0),
+        ("late", 1, 9.0, 9.0),
     ]
     keys = "name", "steps", "joined_s", "left_s"
     run = {"weights": "equal", **fields.pop("run", {})}
     workers = [dict(zip(keys, stay, strict=True)) for stay in stays]
-    return {"mode": "esync", "split": "iid", "run": run, "workers": workers, **fields}
+    told = {"mode": "esync", "split": "iid", "run": run, "workers": workers, "wall_s": 10.0}
+    return {**told, **fields}
 
 
 def test_where_one_worker_steps_far_more_often_another_weighting_is_advised():
     said = advice(unequal(5 * UNEQUAL + 5))
     assert "fast made 21 local steps for each of slow's" in said
     assert "--weights samples, or go without slow" in said
+    there = unequal(5 * UNEQUAL + 5)
+    there["workers"][0]["left_s"] = None  # as it is until a worker has left
+    assert advice(there) == said
     for other in (
         unequal(5 * UNEQUAL - 5),
         unequal(500, split="by-class"),

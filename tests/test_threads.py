@@ -16,6 +16,7 @@ from tests.processes import QUICK
 
 TASKS = Path("/proc/self/task")
 pytestmark = pytest.mark.skipif(not TASKS.is_dir(), reason="needs Linux: threads are read in /proc")
+CORES = len(os.sched_getaffinity(0))
 COUNT = """
 import jax.numpy as jnp
 from collections import Counter
@@ -28,7 +29,9 @@ print(names["tf_XLAEigen"])
 
 
 @pytest.mark.parametrize(
-    ("worker", "threads"), [({}, 1), ({"threads": 3}, 3), ({"command": "own"}, 1)], ids=str
+    ("worker", "threads"),
+    [({}, 1), ({"threads": 3}, 3), ({"command": "own"}, 1), ({"host": "other"}, CORES)],
+    ids=str,
 )
 def test_workers_that_share_a_machine_compute_with_as_many_threads_as_they_were_given(
     tmp_path, worker, threads
@@ -36,6 +39,7 @@ def test_workers_that_share_a_machine_compute_with_as_many_threads_as_they_were_
     cluster = config.cluster({"workers": [{"name": "w", **worker}]})
     roles = launcher.roles_of(cluster, tmp_path, "tcp://127.0.0.1:1")
     (role,) = (role for role in roles if role.name == "w")
+    assert "NPROC" not in roles[-1].environment, "the evaluator takes what is left"
     environment = {k: v for k, v in os.environ.items() if k not in ("NPROC", "OMP_NUM_THREADS")}
     counted = subprocess.run(
         [sys.executable, "-c", COUNT],

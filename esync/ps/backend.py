@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from esync.compression import is_finite, squared_norm
-from esync.device_memory import Pin
 from esync.errors import DeviceError
 from esync.ps.kernels import MOST, Kernels, Look
 from esync.ps.staging import Staging
@@ -31,17 +30,14 @@ class Backend(Protocol):
     at_once: int
     """How many bytes of vectors it pays to look at together; 0: each while it is in the cache."""
 
-    def load(self, x: Array, *, lasts: bool = False) -> Array:
+    def load(self, x: Array, *, pinned: bool = False) -> Array:
         """A vector in host memory as one of this backend; on the CPU without a copy, as what is one already is.
 
-        A GPU does not look at it again, unless it `lasts`: until it is known whether what came of it is finite.
+        A GPU does not look at it again, unless it is in memory that is `pinned` (`device_memory.pinned`): then until it
+        is known whether what came of it is finite.
         """
 
-    def pin(self, memory: Vector) -> Any:
-        """Have the device itself read what is loaded from this memory of the host, and write what is put there. That
-        lasts as long as the caller keeps what is returned."""
-
-    def put(self, x: Array, out: Vector) -> None:
+    def put(self, x: Array, out: Vector, *, pinned: bool = False) -> None:
         """Copy a vector into memory of the host; it is there after `wait`."""
 
     def copied(self, x: Array, out: Array | None = None) -> Array:
@@ -118,13 +114,10 @@ class NumpyBackend:
     cuda: int | None = None
     at_once = 0
 
-    def load(self, x: Array, *, lasts: bool = False) -> Array:
+    def load(self, x: Array, *, pinned: bool = False) -> Array:
         return x
 
-    def pin(self, memory: Vector) -> None:
-        pass
-
-    def put(self, x: Array, out: Vector) -> None:
+    def put(self, x: Array, out: Vector, *, pinned: bool = False) -> None:
         np.copyto(out, x)
 
     def copied(self, x: Array, out: Array | None = None) -> Array:
@@ -273,14 +266,11 @@ class CupyBackend:
         self._staging = Staging(cupy, self._device, self._sums)
         self._kernels = Kernels(cupy, self._device, self._sums)
 
-    def load(self, x: Array, *, lasts: bool = False) -> Array:
-        return self._staging.load(x, lasts=lasts) if isinstance(x, np.ndarray) else x
+    def load(self, x: Array, *, pinned: bool = False) -> Array:
+        return self._staging.load(x, pinned=pinned) if isinstance(x, np.ndarray) else x
 
-    def pin(self, memory: Vector) -> Pin | None:
-        return self._staging.pin(memory)
-
-    def put(self, x: Array, out: Vector) -> None:
-        self._staging.put(x, out)
+    def put(self, x: Array, out: Vector, *, pinned: bool = False) -> None:
+        self._staging.put(x, out, pinned=pinned)
 
     def copied(self, x: Array, out: Array | None = None) -> Array:
         return self._kernels.add[0]([x], [1.0], out)

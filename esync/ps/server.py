@@ -544,7 +544,8 @@ class TensorThread(threading.Thread):
         self._arrival[message.worker] = time.monotonic()
         if message.round == INITIAL:
             self._asked_at = time.monotonic()  # it is on its way
-        data = self._backend.load(update, lasts=shared)
+        pinned = shared and self._memories[message.worker].pin is not None
+        data = self._backend.load(update, pinned=pinned)
         contribution = Contribution(
             message.worker,
             message.round,
@@ -578,8 +579,10 @@ class TensorThread(threading.Thread):
             return
         try:
             memory = device_memory.opened(self.whole, UPDATE_SLOTS, message, self._backend.cuda)
-            memory.pins = self._pinned(memory)
-            self._memories[message.worker] = memory.part(self.whole.of_shard(self.shard))
+            mine = memory.part(self.whole.of_shard(self.shard))
+            self._memories[message.worker] = device_memory.pinned(
+                mine, self._backend.cuda, waits=False
+            )
             on_device = memory.device is not None
             if on_device not in self._models and self._mode.barrier:
                 self._share_model(on_device)
@@ -601,7 +604,7 @@ class TensorThread(threading.Thread):
             region = device_memory.shared(self.layout, MODEL_SLOTS, index)
         else:
             region = Region.create(self.layout, MODEL_SLOTS)
-            region.pins = self._pinned(region)
+            device_memory.pinned(region, index, waits=False)
 
         def room(version: int, chunk: int) -> Array:
             return region.begin(version % MODEL_SLOTS, chunk)
@@ -615,19 +618,13 @@ class TensorThread(threading.Thread):
             ]
             self._place([*whole, *aggregation.in_progress()])
 
-    def _pinned(self, region: Region) -> list[Any]:
-        """What keeps it pinned for the backend's device, if it lies in memory of the host."""
-        if region.device is not None:
-            return []
-        return [self._backend.pin(region.whole(slot)) for slot in range(len(region.stamps))]
-
     def _place(self, events: list[Published]) -> None:
         """Chunks of a version are final: have them in shared memory, if there is any."""
         for region in self._models.values():
             for event in events if region is not self._in_place else ():
                 room = region.begin(event.version % MODEL_SLOTS, event.chunk)
                 if region.device is None:
-                    self._backend.put(event.data, room)
+                    self._backend.put(event.data, room, pinned=region.pin is not None)
                 else:
                     self._backend.copied(event.data, room)
             self._backend.wait()  # a reader waits for nothing but the stamp

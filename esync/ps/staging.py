@@ -9,21 +9,18 @@ stream of the sums waits for that, the host does not. Three things are waited fo
   the vector any more by then, so every sum that ever reads it is on the stream already;
 - what is brought back, by the host, for that one copy: what it was computed from comes before it on the stream.
 
-Memory that other processes share with this one can be pinned where it is (`Staging.pin`): nothing is copied on the host
-then.
+Memory that other processes share with this one can be pinned where it is (`device_memory.pinned`): nothing is copied on
+the host then.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from esync import device_memory
-from esync.device_memory import Pin
 from esync.tensors import Vector
 
 BUFFERS = 4
@@ -73,30 +70,21 @@ class Staging:
             self._copies = cupy.cuda.Stream(non_blocking=True)
             self._pinned = deque(_Pinned(self._event()) for _ in range(BUFFERS))
             self._moved = self._event()
-        self._pins: weakref.WeakSet[Pin] = weakref.WeakSet()
         self._returned: deque[_Buffer] = deque()  # from any thread: whichever lets go of a vector
         self._free: dict[int, deque[_Buffer]] = {}  # bytes -> buffers, the longest unused first
 
-    def pin(self, memory: Vector) -> Pin | None:
-        """`device_memory.pin`; what is loaded from there and is to last is not copied on the host then, nor what is put
-        there."""
-        pin = device_memory.pin(memory, self._device.id)
-        if pin is not None:
-            self._pins.add(pin)
-        return pin
-
-    def load(self, x: Vector, *, lasts: bool = False) -> Any:
-        """The vector on the device. `x` is not looked at again; or, if it `lasts`, until a sum with it is done."""
-        if lasts and self._is_pinned(x):
+    def load(self, x: Vector, *, pinned: bool = False) -> Any:
+        """The vector on the device. `x` is not looked at again; in pinned memory it is, until a sum with it is done."""
+        if pinned:
             return self._copied(x, self._moved)
-        pinned = self._pinned[0]
+        buffer = self._pinned[0]
         self._pinned.rotate(-1)
-        pinned.copied.synchronize()
-        if pinned.memory is None or pinned.memory.size < x.size:
-            pinned.memory = self._in_pinned_memory(x.size)
-        staged = pinned.memory[: x.size]
+        buffer.copied.synchronize()
+        if buffer.memory is None or buffer.memory.size < x.size:
+            buffer.memory = self._in_pinned_memory(x.size)
+        staged = buffer.memory[: x.size]
         np.copyto(staged, x)
-        return self._copied(staged, pinned.copied)
+        return self._copied(staged, buffer.copied)
 
     def _copied(self, pinned: Vector, copied: Any) -> Any:
         """A vector in pinned memory on the device; the event `copied` is the end of the copy."""
@@ -118,16 +106,13 @@ class Staging:
             self._moved.synchronize()
         return brought
 
-    def put(self, x: Any, out: Vector) -> None:
+    def put(self, x: Any, out: Vector, *, pinned: bool = False) -> None:
         """Copy a vector into memory of the host. It is there when the stream of the sums is done."""
-        if self._is_pinned(out):
+        if pinned:
             with self._device:
                 x.get(stream=self._sums, out=out, blocking=False)
         else:
             np.copyto(out, self.host(x))
-
-    def _is_pinned(self, x: Vector) -> bool:
-        return any(pin.holds(x) for pin in self._pins)
 
     def _event(self) -> Any:
         return self._cupy.cuda.Event(disable_timing=True)

@@ -127,9 +127,10 @@ def advice(summary: dict[str, Any]) -> str:
         return ""
     steps, present_s = Counter[str](), Counter[str]()
     for stay in summary["workers"]:
+        until = summary["wall_s"] if stay["left_s"] is None else stay["left_s"]  # it is there still
         steps[stay["name"]] += stay["steps"]
-        present_s[stay["name"]] += stay["left_s"] - stay["joined_s"]
-    paces = sorted((steps[name] / present_s[name], name) for name in steps if steps[name])
+        present_s[stay["name"]] += until - stay["joined_s"]
+    paces = sorted((steps[x] / present_s[x], x) for x in steps if steps[x] and present_s[x] > 0)
     if not paces or paces[-1][0] < UNEQUAL * paces[0][0]:
         return ""
     (least, slowest), (most, fastest) = paces[0], paces[-1]

@@ -136,7 +136,7 @@ def roles_of(
         arguments = ["esync.worker.cli", *file, *joins, *common]
         arguments += [] if row.keys or row.host else keyed
         arguments += ["--name", row.name, "--rank", str(rank)]
-        environment = environment_of(row)
+        environment = environment_of(row.device, row.threads or (0 if row.host else 1))
         if row.command:
             environment |= {STATE: endpoint, NAME: row.name, RANK: str(rank)}
             environment |= {KEYS: row.keys or keys} if row.keys or keys else {}
@@ -148,7 +148,7 @@ def roles_of(
             gpus, WorkerConfig()
         )  # a CPU takes minutes for what a GPU evaluates in a second
         evaluator += [*keyed, "--device", where.device]
-        rows.append(("evaluator", evaluator, environment_of(where)))
+        rows.append(("evaluator", evaluator, environment_of(where.device)))  # what training leaves
     by_name = {row.name: row for row in workers}
     roles = []
     for name, arguments, env in rows:
@@ -187,11 +187,11 @@ def metrics_ports(cluster: ClusterConfig) -> list[int]:
     return ports
 
 
-def environment_of(worker: WorkerConfig) -> dict[str, str]:
-    """Variables that let several workers share a machine: one thread to compute with, if no more are asked for; no
-    grabbing of GPU memory."""
-    if worker.device == "cpu":
-        return {"JAX_PLATFORMS": "cpu", **threads.variables(worker.threads or 1)}
+def environment_of(device: str, count: int = 0) -> dict[str, str]:
+    """Variables that let several processes share a machine: so many threads to compute with on a CPU (0: one for each
+    core), no grabbing of GPU memory."""
+    if device == "cpu":
+        return {"JAX_PLATFORMS": "cpu", **(threads.variables(count) if count else {})}
     return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 

@@ -56,8 +56,8 @@ def main(
         from esync.worker.step import device_for
     cli.interrupt_on_sigterm()
 
-    if not evaluate:
-        device_for(settings.device)
+    # An evaluator that is not told where to be is where JAX would be.
+    device = None if evaluate and "device" not in options else device_for(settings.device)
     role = "evaluator" if evaluate else "worker"
     name = settings.name
     if evaluate and not name:
@@ -78,7 +78,7 @@ def main(
         cli.say(f"{worker.name} joined {endpoint} as {role}{rank_text}")
         try:
             if evaluate:
-                loop.evaluate(worker, journal, cli.say)
+                loop.evaluate(worker, device, journal, cli.say)
             else:
                 loop.train(worker, settings, journal, cli.say)
                 steps = worker.totals.steps

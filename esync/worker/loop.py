@@ -81,24 +81,29 @@ def train(
             index = next(batches, index)
 
 
-def evaluate(worker: Worker, journal: Journal, say: Callable[[str], None]) -> None:
-    """Evaluate the newest model on the test set, again and again; the training never waits for it."""
+def evaluate(worker: Worker, device: Any, journal: Journal, say: Callable[[str], None]) -> None:
+    """Evaluate the newest model on the test set, again and again; the training never waits for it.
+
+    Args:
+        device: of JAX; None: its first.
+    """
     try:
         os.nice(10)  # on a shared machine the training comes first
     except OSError:
         pass
     run = worker.config
-    dataset = data.load(run.dataset, run.data_dir or None, say=say)
-    model = classifier(run, dataset)
-    test = on_device(dataset.test_images, dataset.test_labels, jax.devices()[0])
-    # Compiled before the run starts, on a part of the test set: on a slow machine the whole takes long.
-    test_accuracy(model, model.params, model.stats, [x[:EVALUATION_BATCH] for x in test])
-    for version, params, stats in worker.watch(model.params, model.stats):
-        began = time.perf_counter()
-        accuracy, loss = test_accuracy(model, params, stats, test)
-        seconds = time.perf_counter() - began
-        worker.report_accuracy(version, accuracy, loss, seconds)
-        journal.write("accuracy", round=version, accuracy=accuracy, loss=loss, eval_s=seconds)
+    with jax.default_device(device):
+        dataset = data.load(run.dataset, run.data_dir or None, say=say)
+        model = classifier(run, dataset)
+        test = on_device(dataset.test_images, dataset.test_labels, device or jax.devices()[0])
+        # Compiled before the run starts, on a part of the test set: on a slow machine the whole takes long.
+        test_accuracy(model, model.params, model.stats, [x[:EVALUATION_BATCH] for x in test])
+        for version, params, stats in worker.watch(model.params, model.stats):
+            began = time.perf_counter()
+            accuracy, loss = test_accuracy(model, params, stats, test)
+            seconds = time.perf_counter() - began
+            worker.report_accuracy(version, accuracy, loss, seconds)
+            journal.write("accuracy", round=version, accuracy=accuracy, loss=loss, eval_s=seconds)
 
 
 def _refuse_own(run: RunConfig) -> None:

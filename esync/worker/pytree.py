@@ -289,8 +289,8 @@ class _OnDevice:
         return leaves, base
 
     def _there(self, parts: Parts) -> Any:
-        """The parts as arrays of JAX's own. Nothing that is compiled may see another process's memory: XLA replays
-        copies as a CUDA graph, which fails with memory of another mapping than before (docs/results/gpu.md)."""
+        """The parts as arrays of JAX's own. No program but that of one copy may see another process's memory: XLA
+        replays larger ones as a CUDA graph, which fails with memory of another mapping (docs/results/gpu.md)."""
         own = device_memory.to_jax
         arrays = [part if isinstance(part, np.ndarray) else own(part) for part in parts]
         return jax.device_put(arrays, self._packer._device)
