@@ -28,7 +28,7 @@ from esync.ps.server import TensorThread
 from esync.shared_memory import MODEL_SLOTS, WRITING, Region, SharedMemoryError
 from esync.tensors import DELTA, VALUE, Layout, Leaf
 from esync.worker.assembly import Assembly
-from esync.worker.channel import Channel
+from esync.worker.channel import Channel, Push
 from esync.worker.client import Worker
 from tests.cluster import Cluster
 
@@ -460,6 +460,48 @@ def test_memory_that_is_not_mapped_any_more_is_offered_again():
 
         threads = [cluster.train(f"w{i}", loop, rank=i) for i in range(2)]
         assert again.wait(30)
+        cluster.state.stop("seen enough")
+        for thread in threads:
+            thread.result()
+        cluster.finish()
+
+
+@pytest.mark.parametrize("ps", [1, 2])
+def test_an_update_that_a_server_may_still_read_is_not_written_over(ps):
+    """Of two servers one can have a worker's update for its round already when the worker begins that round."""
+    with Cluster(RunConfig(mode="sync", workers=2, rounds=10**6, ps=ps)) as cluster:
+        done = threading.Event()
+
+        def again(worker):
+            link, model = worker._link, worker._shared.model
+            memory = link.buffer()
+            assert memory is link._channels[0].whole.whole(0)
+            stamps = link._channels[0].whole.stamps
+            memory[:] = 1.0
+            worker._push(Push(memory, model.begun, model.lives, 1, 64))
+            while not (stamps == worker.round).all():
+                time.sleep(0.001)
+            other = link.buffer()
+            assert not np.shares_memory(other, memory)
+            other[:] = 2.0
+            worker._push(Push(other, model.begun, model.lives, 1, 64))
+            counters = [server.thread.counters for server in cluster.servers]
+            while not all(c["double"] + c["late"] for c in counters):
+                time.sleep(0.001)
+            assert (memory == 1.0).all()
+            assert (stamps == worker.round).all()
+
+        def loop(worker):
+            params = worker.start({"w": np.zeros(1000, np.float32)})
+            while not worker.stopped:
+                params = worker.step({"w": params["w"] + np.float32(0.1)})
+                ready = worker.round > 20 and all(c.puts for c in worker._link._channels)
+                if worker.rank == 1 and ready and not done.is_set():
+                    again(worker)
+                    done.set()
+
+        threads = [cluster.train(f"w{i}", loop, rank=i) for i in range(2)]
+        assert done.wait(30)
         cluster.state.stop("seen enough")
         for thread in threads:
             thread.result()

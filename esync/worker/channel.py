@@ -208,6 +208,11 @@ class Channel:
         self._outgoing.append(self._envelope.pack(messages.encode(header), payload, TO_SERVER))
         self.flush()
 
+    def has_put(self, round: int) -> bool:
+        """Whether an update of this round lies in the memory that the server reads. It counts once, and stays as it is:
+        of several parameter servers one may be in a round still for which it has this worker's."""
+        return self._memory is not None and bool((self._memory.stamps[0] == round).any())
+
     def flush(self) -> None:
         """Send what the socket takes; it says when it takes more."""
         while self._outgoing:

@@ -214,7 +214,10 @@ class Link(threading.Thread):
         model = self.shared.model
         assert model is not None
         memory = self._channels[0].whole if self._channels else None
-        if memory is not None and all(c.puts and c.whole is memory for c in self._channels):
+        if memory is not None and all(
+            c.puts and c.whole is memory and not c.has_put(model.begun[c.shard])
+            for c in self._channels
+        ):
             memory.stamps[:] = WRITING
             return memory.whole(0)
         return model.vectors.take()
