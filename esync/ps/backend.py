@@ -220,7 +220,7 @@ class NumpyBackend:
 
 
 LOOK_BYTES = 128 << 20
-"""What is looked at together is memory besides the model, so it is no more than this, which takes a GPU longer to read
+"""What is looked at together is memory besides the model, so it is no more than this, which takes a GPU longer to make
 than the host waits."""
 
 
