@@ -264,10 +264,6 @@ def stand_in(gpu=None, seed=0):
         def bytes_of(self, size):
             return bytes_at(self.ptr, size)
 
-        def memset_async(self, value, size, stream=None):
-            target = self.bytes_of(size)
-            (stream or get_current_stream()).put(lambda: target.__setitem__(slice(None), value))
-
         def copy_from_device_async(self, src, size, stream=None):
             target, source = self.bytes_of(size), src.bytes_of(size)
             (stream or get_current_stream()).put(lambda: np.copyto(target, source))
